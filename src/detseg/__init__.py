@@ -1,0 +1,1 @@
+"""Experiments with detection and segmentation systems, each a choice in a config."""
