@@ -1,0 +1,1 @@
+"""Where truth meets the cells of a network: anchors, coders, matchers, samplers."""
