@@ -1,0 +1,65 @@
+"""Exponential moving average of the weights.
+
+Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, average the iterates; the moving form
+with a decay that grows from small is what TensorFlow's ``ExponentialMovingAverage`` calls ``num_updates``. Built on
+Lightning's ``WeightAveraging``; what differs is said at each method.
+"""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+
+def ema_decay(updates: int, *, decay: float, warmup: float) -> float:
+    """Return the weight of the old average in update number ``updates`` (1 is the second one; the first copies)."""
+    return min(decay, (1 + updates) / (warmup + updates))
+
+
+class EMA(WeightAveraging):
+    """Average the weights over the steps; validation and checkpoints use the average.
+
+    A checkpoint's ``state_dict`` is the average, its ``current_model_state`` the weights that training goes on from, so
+    ``resume`` is exact. Floating buffers, which are the running statistics of batch norm, are averaged like the
+    weights; integer buffers, such as batch counts, are copied.
+
+    Args:
+        decay: weight of the old average at each step, in [0, 1).
+        warmup: at step t the decay is at most ``(1 + t) / (warmup + t)``; 1 switches this off.
+
+    Raises:
+        ValueError: ``decay`` or ``warmup`` is outside its range.
+    """
+
+    def __init__(self, *, decay: float = 0.999, warmup: float = 10.0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA: decay must be in [0, 1), got {decay}; 0.999 suits a few thousand steps")
+        if warmup < 1:
+            raise ValueError(f"EMA: warmup must be at least 1, got {warmup}; 1 switches it off")
+        self.decay, self.warmup = decay, warmup
+        super().__init__(use_buffers=True, multi_avg_fn=self._average)
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        """Move ``averaged``, tensors of one type, towards ``current`` in place."""
+        if not averaged[0].is_floating_point():  # Lightning would average batch counts and truncate them
+            torch._foreach_copy_(averaged, current)
+            return
+        weight = 1 - ema_decay(int(updates), decay=self.decay, warmup=self.warmup)
+        torch._foreach_lerp_(averaged, current, weight)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average in place, inside ``fit`` alone.
+
+        Lightning does so in ``validate`` after ``fit`` too, where it would replace the checkpoint just loaded.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the training weights back, inside ``fit`` alone."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_end(trainer, pl_module)
