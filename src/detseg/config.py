@@ -1,0 +1,273 @@
+"""Composing configs and building what they describe, from a notebook, a test or the command line."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from detseg.allow import ALLOWED_PREFIXES, check_target
+from detseg.suggest import explain
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from detseg.data.module import DetectionData
+    from detseg.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+CONFIG_MODULE = "detseg.conf"
+"""Where the YAML files lie: found in a wheel and in an editable install alike."""
+
+CONFIG_PREFIXES = (*ALLOWED_PREFIXES, "torch.optim.", "lightning.")
+"""What a ``_target_`` of a config may lie in, beside the packages named by the key ``allow``."""
+
+
+class ConfigError(ValueError):
+    """A config cannot be composed or built; the message names the key and the remedy."""
+
+
+@dataclass
+class Run:
+    """What a config describes: plain Lightning objects, ready for ``run.trainer.fit(run.task, run.data)``.
+
+    Attributes:
+        cfg: the resolved config, with class names and their number filled in from the data.
+        data: the data module.
+        task: the Lightning module around the model.
+        trainer: with the callbacks and loggers of the config.
+    """
+
+    cfg: DictConfig
+    data: DetectionData
+    task: Task
+    trainer: L.Trainer
+
+
+def load_config(*overrides: str, name: str = "train") -> DictConfig:
+    """Compose a config from the same files as the command line does.
+
+    Args:
+        *overrides: as typed after ``detseg train``, such as ``"model=fcos_small"`` or ``"trainer.max_epochs=1"``.
+        name: the file in ``conf`` to start from: ``"train"``, ``"evaluate"`` or ``"predict"``.
+
+    Returns:
+        The config, in struct mode: a key that does not exist cannot be set. ``paths.output_dir`` is a directory of its
+        own at every call, below ``runs`` in the current directory.
+
+    Raises:
+        ConfigError: an override names no key or choice; the message gives the nearest ones.
+    """
+    register_resolvers()
+    with _hydra(name):
+        try:
+            cfg = compose(name, ["paths=notebook", *overrides], return_hydra_config=True)
+            frozen = {"name": str(cfg.name), "paths.output_dir": str(cfg.paths.output_dir)}
+        except (HydraException, OmegaConfBaseException) as error:
+            raise config_error(error, overrides, name=name) from error
+    with open_dict(cfg):
+        del cfg["hydra"]
+    for key, value in frozen.items():
+        OmegaConf.update(cfg, key, value)
+    return cfg
+
+
+def config_error(error: Exception, overrides: Sequence[str], *, name: str = "train") -> ConfigError:
+    """Turn Hydra's or OmegaConf's error into one that names the nearest keys or choices.
+
+    Args:
+        error: what composing raised.
+        overrides: as typed.
+        name: the file in ``conf`` that was composed.
+    """
+    said: str | None = None
+    try:
+        with _hydra(name):
+            said = explain(
+                overrides, compose=lambda choices: compose(name, ["paths=notebook", *choices]), groups=config_groups()
+            )
+    except (HydraException, OmegaConfBaseException):
+        log.debug("no suggestion, the rest does not compose either", exc_info=True)
+    cause = error.__cause__
+    detail = f" ({str(cause).splitlines()[0]})" if isinstance(cause, OmegaConfBaseException) else ""
+    return ConfigError(said or f"{str(error).strip()}{detail}")
+
+
+@contextmanager
+def _hydra(name: str) -> Iterator[None]:
+    """Initialise Hydra for composing, also inside a run of Hydra's, which is as before afterwards."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(config_module=CONFIG_MODULE, version_base="1.3", job_name=name):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Return every config group with its choices; Hydra must be initialised."""
+    loader = GlobalHydra.instance().config_loader()
+    groups: dict[str, list[str]] = {}
+    pending = [""]
+    while pending:
+        parent = pending.pop()
+        for name in loader.list_groups(parent):
+            path = f"{parent}/{name}" if parent else name
+            groups[path] = loader.get_group_options(path, ObjectType.CONFIG)
+            pending.append(path)
+    return {path: choices for path, choices in groups.items() if choices}
+
+
+def check_targets(node: Any, *, prefixes: Sequence[str] = CONFIG_PREFIXES, path: str = "") -> None:
+    """Raise unless every ``_target_`` in ``node`` names something allowed; nothing is called.
+
+    Args:
+        node: a config or plain container.
+        prefixes: packages allowed, each ending in a dot.
+        path: key of ``node``, for messages.
+
+    Raises:
+        ConfigError: a target is not allowed or does not exist; the message names its key.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if isinstance(plain, Mapping):
+        if "_target_" in plain:
+            try:
+                check_target(str(plain["_target_"]), prefixes)
+            except (ValueError, ImportError) as error:
+                raise ConfigError(f"{path or 'config'}: {error}") from error
+        children: list[tuple[Any, Any]] = list(plain.items())
+    else:
+        children = list(enumerate(plain)) if isinstance(plain, list) else []
+    for key, child in children:
+        check_targets(child, prefixes=prefixes, path=f"{path}.{key}" if path else str(key))
+
+
+def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objects: Any) -> Any:
+    """Build what ``node`` describes after checking all its targets.
+
+    Args:
+        node: a config with ``_target_``.
+        allow: packages allowed beside detseg's own list, such as ``("mypackage",)``.
+        path: key of ``node``, for messages.
+        **objects: arguments that are built already and pass as they are.
+
+    Returns:
+        The object, or for ``_partial_: true`` a callable that waits for the rest of its arguments. Containers arrive
+        as plain dicts and lists.
+
+    Raises:
+        ConfigError: a target is not allowed, or an argument does not fit it.
+    """
+    import hydra.utils
+
+    check_targets(node, prefixes=[*CONFIG_PREFIXES, *(f"{package.rstrip('.')}." for package in allow)], path=path)
+    try:
+        build_node: Callable[..., Any] = hydra.utils.instantiate(node, _convert_="all", _partial_=True)
+        return build_node if node.get("_partial_") else build_node(**objects)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, TypeError):
+            raise ConfigError(f"{path}: {cause or error}") from error
+        raise cause from error
+    except TypeError as error:
+        raise ConfigError(f"{path} ({node['_target_']}): {error}") from error
+
+
+def build(cfg: DictConfig) -> Run:
+    """Build the data, the model, its task and the trainer that ``cfg`` describes, in this order.
+
+    The class names and their number come from the data, so that the model is built with what the files hold.
+    ``cfg`` itself stays as it is; ``run.cfg`` is the resolved copy.
+
+    Raises:
+        ConfigError: the config asks for something that does not exist or does not fit.
+    """
+    from lightning import seed_everything
+
+    cfg = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))  # a copy, free of flags
+    allow = list(cfg.allow)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data: DetectionData = instantiate(cfg.data, allow=allow, path="data")
+    cfg.data.num_classes, cfg.data.class_names = data.num_classes, list(data.class_names)
+    OmegaConf.resolve(cfg)
+    task = build_task(cfg)
+    parts = {
+        group: [
+            instantiate(node, allow=allow, path=f"{group}.{key}")
+            for key, node in (cfg.get(group) or {}).items()
+            if node is not None
+        ]
+        for group in ("callbacks", "logger")
+    }
+    trainer = instantiate(
+        cfg.trainer, allow=allow, path="trainer", callbacks=parts["callbacks"], logger=parts["logger"] or False
+    )
+    return Run(cfg=cfg, data=data, task=task, trainer=trainer)
+
+
+def build_task(cfg: DictConfig) -> Task:
+    """Build the model and the task around it from a resolved config whose data section names the classes."""
+    from detseg.experiment import load_initial_weights
+
+    allow = list(cfg.allow)
+    model = instantiate(cfg.model, allow=allow, path="model")
+    if cfg.init_from is not None:
+        load_initial_weights(model, Path(cfg.init_from), drop_head=cfg.drop_head)
+    scheduler = None if cfg.scheduler is None else instantiate(cfg.scheduler, allow=allow, path="scheduler")
+    task: Task = instantiate(
+        cfg.task,
+        allow=allow,
+        path="task",
+        model=model,
+        optimizer=instantiate(cfg.optimizer, allow=allow, path="optimizer"),
+        scheduler=scheduler,
+        class_names=list(cfg.data.class_names),
+    )
+    task.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    return task
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf ``detseg.run_id``, ``detseg.slug`` and ``detseg.choice``; calling it again changes nothing."""
+    OmegaConf.register_new_resolver("detseg.run_id", run_id, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("detseg.slug", slug, replace=True)
+    OmegaConf.register_new_resolver("detseg.choice", _choice, replace=True)
+
+
+def run_id() -> str:
+    """Return the time and four random letters, such as ``2026-11-20_14-03-59_k3f9``, for a directory of its own."""
+    letters = "".join(secrets.choice("abcdefghjkmnpqrstuvwxyz23456789") for _ in range(4))
+    return f"{dt.datetime.now():%Y-%m-%d_%H-%M-%S}_{letters}"
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as the name of one directory: no slashes, at most 120 characters and still told apart."""
+    import hashlib
+
+    name = re.sub(r"[^\w.,=+@-]+", "_", text).strip("_") or "default"
+    if len(name) <= 120 and name == text:
+        return name
+    return f"{name[:110]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _choice(group: str, *, _root_: DictConfig) -> str:
+    """Return what was chosen of a config group, while composing or in a run of Hydra's."""
+    choices = _root_.hydra.runtime.choices if "hydra" in _root_ else HydraConfig.get().runtime.choices
+    return str(choices[group])

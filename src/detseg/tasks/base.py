@@ -1,0 +1,272 @@
+"""What every task shares: steps, logging, optimiser and schedule. The model's architecture is none of its business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
+
+from detseg.structures import Batch, Detections, SemanticMap, Target
+
+Prediction = Detections | SemanticMap
+
+
+class MakeScheduler(Protocol):
+    """A schedule that waits for the optimiser and the number of its steps; see ``detseg.tasks.schedules``."""
+
+    def __call__(self, optimizer: Optimizer, *, total_steps: int) -> LRScheduler:
+        """Return the schedule."""
+
+
+class Task(L.LightningModule):
+    """A model under training: subclasses say which figures count.
+
+    Validation and test do one forward pass in eval mode, from which both the losses and the predictions come, and count
+    the predictions in the photo's own pixels against the truth as the files have it. Figures are updated in the steps
+    and computed once, at the end of the epoch.
+
+    Args:
+        model: obeys the contract of ``detseg.models.contract``.
+        optimizer: waits for its parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``.
+        scheduler: waits for the optimiser and ``total_steps``; ``None`` keeps the learning rate.
+        class_names: by label; per-class figures are logged under them.
+        monitor: the figure by which checkpoints are compared, such as ``"val/map"``.
+        mode: ``"max"`` or ``"min"``: which end of ``monitor`` is better.
+        backbone_lr_scale: learning rate of the backbone's body relative to the rest.
+        decay_one_dimensional: weight decay on norms and biases too.
+
+    Raises:
+        ValueError: the model's number of classes is not that of the names, or ``mode`` is neither word.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Callable[..., Optimizer],
+        scheduler: MakeScheduler | None = None,
+        class_names: Sequence[str],
+        monitor: str,
+        mode: str = "max",
+        backbone_lr_scale: float = 1.0,
+        decay_one_dimensional: bool = False,
+    ) -> None:
+        super().__init__()
+        if mode not in ("max", "min"):
+            raise ValueError(f"task.mode is {mode!r}; it must be max or min")
+        count = int(cast(Any, model).num_classes)
+        if count != len(class_names):
+            raise ValueError(
+                f"the model has {count} classes, but {len(class_names)} names are given: {', '.join(class_names)}; "
+                "build the model with num_classes as the data module says"
+            )
+        self.model = model
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.class_names = list(class_names)
+        self.monitor, self.mode = monitor, mode
+        self.backbone_lr_scale, self.decay_one_dimensional = backbone_lr_scale, decay_one_dimensional
+        self.config: dict[str, Any] | None = None
+        """The whole resolved config as plain values; ``detseg.build`` sets it."""
+        self.results: dict[str, dict[str, float]] = {}
+        """Stage ("val", "test") -> every figure of its last epoch by name without stage; NaN is n/a."""
+        self.meters = nn.ModuleDict(
+            {f"{stage}_meters": nn.ModuleDict(self.configure_metrics()) for stage in ("val", "test")}
+        )
+
+    # What a family says about itself
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Return fresh metrics by name, for one stage."""
+        raise NotImplementedError
+
+    def update_metrics(
+        self, metrics: Mapping[str, Metric], predictions: list[Any], truths: list[Target], **context: Any
+    ) -> None:
+        """Count the predictions of one batch, in the photos' own pixels.
+
+        Args:
+            metrics: those of ``configure_metrics``.
+            predictions: one per image.
+            truths: one per image, as the files have them.
+            **context: ``outputs`` of the model and the ``batch``, for figures about more than the predictions.
+        """
+        raise NotImplementedError
+
+    def name_figures(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return what is logged from the metrics' values, by name without the stage."""
+        raise NotImplementedError
+
+    # Steps
+
+    def forward(self, batch: Batch) -> list[Prediction]:
+        """Return predictions in the pixels of the batch's images, in whatever mode the model is."""
+        predict = cast(Any, self.model).predict
+        return cast("list[Prediction]", predict(self.model(batch.images, batch.sizes), batch.sizes))
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the sum of the model's loss terms.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; looked at on a CPU in every step, else when logging.
+        """
+        outputs = self.model(batch.images, batch.sizes, batch.targets)
+        terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
+        loss = torch.stack(list(terms.values())).sum()
+        logging = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if logging or loss.device.type == "cpu":
+            self._check_finite(loss, terms, batch)
+        if logging:  # half a millisecond per figure, whatever the interval: so only when it is due
+            figures = {"loss": loss, **terms, **self._diagnose(outputs, batch)}
+            named = {f"train/{name}": value.detach() for name, value in figures.items()}
+            self.log_dict(named, on_step=True, on_epoch=False, prog_bar=False, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> list[Prediction]:
+        """Return the predictions in the photos' own pixels, one per image, for callbacks."""
+        return self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_index: int) -> list[Prediction]:
+        """Return the predictions in the photos' own pixels, one per image, for callbacks."""
+        return self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_index: int) -> list[Prediction]:
+        """Return the predictions in the photos' own pixels, one per image."""
+        return restore(self(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute the validation split's figures."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Compute the test split's figures."""
+        self._finish("test")
+
+    def _evaluation_step(self, batch: Batch, stage: str) -> list[Prediction]:
+        outputs = self.model(batch.images, batch.sizes, batch.targets)  # with targets: two-stage losses need them
+        terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
+        figures = {"loss": torch.stack(list(terms.values())).sum(), **terms, **self._diagnose(outputs, batch)}
+        self.log_dict(
+            {f"{stage}/{name}": value for name, value in figures.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch),
+        )
+        predictions = restore(cast(Any, self.model).predict(outputs, batch.sizes), batch)
+        truths = batch.targets if batch.truths is None else batch.truths
+        self.update_metrics(self.metrics(stage), predictions, truths, outputs=outputs, batch=batch)
+        return predictions
+
+    def _diagnose(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """Return what only this model's family has, such as its positives per level; nothing where it gives none."""
+        diagnostics = getattr(self.model, "diagnostics", None)
+        if diagnostics is None:
+            return {}
+        with torch.no_grad():
+            return cast("dict[str, Tensor]", diagnostics(outputs, batch.targets))
+
+    def metrics(self, stage: str) -> dict[str, Metric]:
+        """Return the metrics of ``stage``, ``"val"`` or ``"test"``, by name."""
+        meters = cast(nn.ModuleDict, self.meters[f"{stage}_meters"])
+        return {name: cast(Metric, metric) for name, metric in meters.items()}
+
+    def _finish(self, stage: str) -> None:
+        values = {name: metric.compute() for name, metric in self.metrics(stage).items()}
+        for metric in self.metrics(stage).values():
+            metric.reset()
+        figures = self.name_figures(values)
+        losses = {
+            name.removeprefix(f"{stage}/"): float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith(f"{stage}/") and name.removeprefix(f"{stage}/") not in figures
+        }
+        self.results[stage] = {**figures, **losses}
+        logged = {f"{stage}/{name}": value for name, value in figures.items() if not math.isnan(value)}
+        if self.monitor.startswith(f"{stage}/"):  # n/a here too: a missing key would stop the checkpoint callback
+            logged.setdefault(self.monitor, figures.get(self.monitor.removeprefix(f"{stage}/"), math.nan))
+        self.log_dict(logged, on_step=False, on_epoch=True)
+
+    def _check_finite(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
+        if bool(loss.isfinite()):
+            return
+        values = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+        images = ", ".join(target.file or str(target.image_id) for target in batch.targets[:4])
+        raise FloatingPointError(
+            f"the loss of step {self.global_step} is {float(loss.detach())} ({values}) on images {images} ...; "
+            "lower optimizer.lr, lengthen the warm-up, or set trainer.gradient_clip_val"
+        )
+
+    # Optimisation
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimiser over ``parameter_groups``, and the schedule, which steps with it."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.scheduler is None:
+            return optimizer
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.scheduler(optimizer, total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return up to four groups: body of the backbone or not, with weight decay or without.
+
+        Raises:
+            ValueError: ``backbone_lr_scale`` is set, but the model has no parameter under ``backbone``.
+        """
+        named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        prefix = "backbone.body." if any(name.startswith("backbone.body.") for name, _ in named) else "backbone."
+        keywords = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
+        rate = float(keywords.get("lr", 1e-3))
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in named:
+            body = self.backbone_lr_scale != 1.0 and name.startswith(prefix)
+            plain = value.ndim <= 1 and not self.decay_one_dimensional
+            key = ("body" if body else "rest") + ("_no_decay" if plain else "")
+            group = groups.setdefault(key, {"name": key, "params": []})
+            group["params"].append(value)
+            group["lr"] = rate * (self.backbone_lr_scale if body else 1.0)
+            if plain:
+                group["weight_decay"] = 0.0
+        if self.backbone_lr_scale != 1.0 and not any(key.startswith("body") for key in groups):
+            raise ValueError(
+                f"task.backbone_lr_scale is {self.backbone_lr_scale}, but no trained parameter's name begins with "
+                f"'backbone.' ({len(named)} parameters); set it to 1.0 for this model"
+            )
+        return [groups[key] for key in sorted(groups)]
+
+
+def restore(predictions: Iterable[Prediction], batch: Batch) -> list[Any]:
+    """Return predictions in the photos' own pixels, as ``batch.truths`` has them; without truths, as they are."""
+    found = list(predictions)
+    if batch.truths is None:
+        return found
+    sizes = [(int(height), int(width)) for height, width in batch.sizes.tolist()]
+    return [
+        prediction.resize(truth.size if truth.size != (0, 0) else size)
+        if isinstance(prediction, SemanticMap)
+        else prediction.resize(size, truth.size if truth.size != (0, 0) else size)
+        for prediction, size, truth in zip(found, sizes, batch.truths, strict=True)
+    ]
+
+
+def scalars(values: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
+    """Return the single numbers among a metric's values, each under ``prefix`` and its name."""
+    return {
+        f"{prefix}{name}": float(value)
+        for name, value in values.items()
+        if not isinstance(value, Mapping) and torch.as_tensor(value).ndim == 0
+    }
+
+
+def per_class(values: Tensor | Sequence[float], class_names: Sequence[str], prefix: str) -> dict[str, float]:
+    """Return one figure per class under ``prefix/<class name>``."""
+    return {f"{prefix}/{name}": float(value) for name, value in zip(class_names, values, strict=True)}

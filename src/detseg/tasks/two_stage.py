@@ -1,0 +1,51 @@
+"""Detectors that classify proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from detseg.metrics import ProposalRecall
+from detseg.structures import Detections, Target
+from detseg.tasks.base import restore, scalars
+from detseg.tasks.detection import Detection
+
+
+class TwoStageDetection(Detection):
+    """Detection from proposals: also logs how many objects the proposals cover, before any classification.
+
+    Logged beside what ``Detection`` logs: ``proposal_ar_100``, ``proposal_ar_300``, ``proposal_ar_1000`` (average recall
+    over IoU 0.5 to 0.95 of the best proposals), and from the model's ``diagnostics`` the share of foreground among
+    the sampled proposals.
+
+    Raises:
+        TypeError: the model has no ``proposals``.
+    """
+
+    needs_proposals: ClassVar[bool] = True
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Return the metrics of boxes and of proposals."""
+        metrics = super().configure_metrics()
+        if hasattr(self.model, "proposals"):
+            metrics["proposal"] = ProposalRecall(limits=(100, 300, 1000))
+        elif self.needs_proposals:
+            raise TypeError(f"{type(self.model).__name__} has no proposals; choose task=one_stage for it")
+        return metrics
+
+    def update_metrics(
+        self, metrics: Mapping[str, Metric], predictions: list[Detections], truths: list[Target], **context: Any
+    ) -> None:
+        """Count the boxes and proposals of one batch."""
+        super().update_metrics(metrics, predictions, truths, **context)
+        if "proposal" in metrics:
+            batch = context["batch"]
+            proposals = cast(Any, self.model).proposals(context["outputs"], batch.sizes)
+            metrics["proposal"].update(restore(proposals, batch), truths)
+
+    def name_figures(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return the figures of boxes and of proposals."""
+        return {**super().name_figures(values), **scalars(values.get("proposal", {}), "proposal_")}
