@@ -1,0 +1,79 @@
+"""One image with its truth, and how images become a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from detseg.structures import Batch, Target
+
+
+class Sample(NamedTuple):
+    """An image with its truth.
+
+    Attributes:
+        image: ``(3, H, W)`` uint8 RGB, as a ``tv_tensors.Image`` or a plain tensor.
+        target: the truth in the pixels of ``image``.
+        truth: in evaluation, the truth in the photo's own pixels; ``None`` in training.
+    """
+
+    image: Tensor
+    target: Target
+    truth: Target | None = None
+
+
+class SampleDataset(Dataset[Sample], ABC):
+    """What a split must offer to :class:`~detseg.data.module.DetectionData`: untransformed samples.
+
+    Attributes:
+        class_names: one name per label 0..K-1.
+        category_ids: the data set's own id of each label, as a predictions file must carry them.
+    """
+
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Return image ``index`` as it is in the files: own pixels, no augmentation, ``truth`` left ``None``."""
+
+
+def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
+    """Pad images at the right and the bottom to one size and stack them.
+
+    Args:
+        samples: at least one; either all or none of them have a ``truth``.
+        size_divisor: the padded height and width are multiples of this many pixels, the coarsest stride of a pyramid.
+
+    Returns:
+        A batch with uint8 images ``(B, 3, H, W)``; targets, their masks and maps are not padded.
+
+    Raises:
+        ValueError: no samples, or only some have a ``truth``.
+    """
+    if not samples:
+        raise ValueError("collate: a batch needs at least one sample, got none")
+    heights_widths = [(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples]
+    height, width = (-(-max(side) // size_divisor) * size_divisor for side in zip(*heights_widths, strict=True))
+    images = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)  # (B, 3, H, W)
+    for row, sample in enumerate(samples):
+        h, w = heights_widths[row]
+        images[row, :, :h, :w] = sample.image.as_subclass(Tensor)
+    truths = [sample.truth for sample in samples if sample.truth is not None]
+    if truths and len(truths) != len(samples):
+        raise ValueError(f"collate: {len(truths)} of {len(samples)} samples have a truth; give it for all or for none")
+    return Batch(
+        images=images,
+        sizes=torch.tensor(heights_widths, dtype=torch.int64),  # (B, 2)
+        targets=[sample.target for sample in samples],
+        truths=truths or None,
+    )

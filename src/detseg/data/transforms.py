@@ -1,0 +1,197 @@
+"""Recipes: how an image and its truth become what a model is fed.
+
+Built on ``torchvision.transforms.v2`` and tv_tensors. Geometry comes first, so that colour is changed on the small
+image; images stay uint8. Boxes, labels, masks, crowd and difficult flags and areas are dropped together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, ResizeAndCrop
+from detseg.structures import PanopticMap, SemanticMap, Target
+
+Size = Sequence[int]
+"""(height, width) in pixels."""
+
+
+class Recipe:
+    """Resize, crop, flip and recolour; the named recipes below differ in their defaults alone.
+
+    Args:
+        size: (height, width) that the image is stretched to, or ``None``.
+        short_side: pixels that the shorter side gets, the shape kept; used where ``size`` is ``None``.
+        long_side: pixels that the longer side gets at most, or exactly where ``short_side`` is ``None`` too.
+            All three ``None``: the image keeps its size.
+        scale: (lowest, highest) factor drawn uniformly and applied on top of the resizing.
+        crop: (height, width) of the window cut out at random, filled up where the image is smaller. ``None``: ``size``,
+            or with the shape kept, a window no larger than the resized image.
+        flip: probability of mirroring left and right.
+        vertical_flip: probability of mirroring top and bottom; for images without an up, as under a microscope.
+        brightness, contrast, saturation: factors are drawn from ``[1 - x, 1 + x]``; 0 leaves the step out.
+        hue: the hue is turned by up to this share of the full circle, 0 to 0.5.
+        min_side: objects whose clipped box is narrower or lower than this many pixels are dropped.
+        min_visible: objects of which less than this share of the box is left after the crop are dropped.
+        fill: grey value of pixels outside the image.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: Size | None = None,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        scale: Sequence[float] = (1.0, 1.0),
+        crop: Size | None = None,
+        flip: float = 0.0,
+        vertical_flip: float = 0.0,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        min_side: float = 1.0,
+        min_visible: float = 0.1,
+        fill: int = 114,
+    ) -> None:
+        self.min_side, self.min_visible = min_side, min_visible
+        geometry = ResizeAndCrop(
+            size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, fill=fill
+        )
+        steps: list[nn.Module] = [geometry]
+        if flip:
+            steps.append(v2.RandomHorizontalFlip(flip))
+        if vertical_flip:
+            steps.append(v2.RandomVerticalFlip(vertical_flip))
+        if brightness or contrast or saturation:
+            steps.append(v2.ColorJitter(brightness, contrast, saturation))
+        if hue:
+            steps.append(HueShift(hue))
+        self.steps = steps
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[tv_tensors.Image, Target]:
+        """Return the transformed image and its target.
+
+        Args:
+            image: ``(3, H, W)`` uint8 RGB.
+            target: the truth in the pixels of ``image``.
+        """
+        parts = _parts(image, target)
+        for step in self.steps:
+            parts = step(parts)
+        return parts["image"], _finish(target, parts, self.min_side, self.min_visible)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.steps))})"
+
+
+class DetectionTrain(Recipe):
+    """Training recipe for boxes and instance masks: mirrored half of the time, other changes off."""
+
+    def __init__(
+        self,
+        *,
+        size: Size | None = None,
+        short_side: int | None = None,
+        long_side: int | None = None,
+        scale: Sequence[float] = (1.0, 1.0),
+        crop: Size | None = None,
+        flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        min_side: float = 1.0,
+        min_visible: float = 0.1,
+        fill: int = 114,
+    ) -> None:
+        super().__init__(
+            size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, flip=flip,
+            vertical_flip=vertical_flip, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
+            min_side=min_side, min_visible=min_visible, fill=fill,
+        )  # fmt: skip
+
+
+class SemanticTrain(DetectionTrain):
+    """Training recipe for maps: the same steps; pixels outside the image get the ignore index."""
+
+
+class DetectionEval(Recipe):
+    """Evaluation recipe for boxes and instance masks: resize and nothing else; no object is dropped."""
+
+    def __init__(
+        self, *, size: Size | None = None, short_side: int | None = None, long_side: int | None = None
+    ) -> None:
+        super().__init__(size=size, short_side=short_side, long_side=long_side, min_side=0.0, min_visible=0.0)
+
+
+class SemanticEval(DetectionEval):
+    """Evaluation recipe for maps: resize and nothing else."""
+
+
+def _parts(image: Tensor, target: Target) -> dict[str, Any]:
+    """Wrap what geometry changes in tv_tensors, so that each v2 transform treats it as what it is."""
+    height, width = image.shape[-2:]
+    boxes = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=(height, width), clamping_mode=None)  # type: ignore[call-overload]  # torchvision's overloads miss the string format
+    parts: dict[str, Any] = {"image": tv_tensors.Image(image), "boxes": boxes}
+    if target.masks is not None:
+        parts["masks"] = tv_tensors.Mask(target.masks)
+    if target.semantic is not None:
+        parts["semantic"] = LabelMask(target.semantic.labels[None])
+    if target.panoptic is not None:
+        parts["panoptic"] = tv_tensors.Mask(target.panoptic.segments[None])
+    return parts
+
+
+def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible: float) -> Target:
+    """Clip the boxes, drop what the crop left too little of, and put the target together again."""
+    size = (parts["image"].shape[-2], parts["image"].shape[-1])
+    boxes = parts["boxes"].as_subclass(Tensor)  # (N, 4), possibly beyond the image
+    clipped = boxes.clone()
+    clipped[:, 0::2].clamp_(0, size[1])
+    clipped[:, 1::2].clamp_(0, size[0])
+    sides = clipped[:, 2:] - clipped[:, :2]  # (N, 2)
+    before = _box_areas(target.boxes)
+    visible = _box_areas(clipped) / _box_areas(boxes).clamp(min=1e-6)  # (N,) in [0, 1]
+    masks = parts["masks"].as_subclass(Tensor) if "masks" in parts else None  # (N, H, W)
+    kept = (sides >= min_side).all(dim=1) & (visible >= min_visible)
+    if masks is not None and min_side > 0:  # evaluation keeps every object
+        kept &= masks.flatten(1).any(dim=1) | ~target.masks.flatten(1).any(dim=1)  # type: ignore[union-attr]
+    changed = replace(
+        target,
+        boxes=clipped,
+        masks=masks,
+        area=target.area * (_box_areas(clipped) / before.clamp(min=1e-6)),
+        size=size,
+        semantic=_semantic(target.semantic, parts),
+        panoptic=_panoptic(target.panoptic, parts),
+    )
+    return changed if bool(kept.all()) else changed[kept]
+
+
+def _box_areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
+
+
+def _semantic(semantic: SemanticMap | None, parts: dict[str, Any]) -> SemanticMap | None:
+    if semantic is None:
+        return None
+    labels = parts["semantic"].as_subclass(Tensor)[0]  # (H, W)
+    labels = torch.where(labels == UNLABELLED, semantic.ignore_index, labels)
+    return SemanticMap(labels, ignore_index=semantic.ignore_index)
+
+
+def _panoptic(panoptic: PanopticMap | None, parts: dict[str, Any]) -> PanopticMap | None:
+    if panoptic is None:
+        return None
+    return replace(panoptic, segments=parts["panoptic"].as_subclass(Tensor)[0])
