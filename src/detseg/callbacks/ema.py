@@ -1,8 +1,8 @@
 """Exponential moving average of the weights.
 
-Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, average the iterates; the moving form
-with a decay that grows from small is what TensorFlow's ``ExponentialMovingAverage`` calls ``num_updates``. Built on
-Lightning's ``WeightAveraging``; what differs is said at each method.
+Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, average the iterates; the moving
+form with a decay that grows from small is what TensorFlow's ``ExponentialMovingAverage`` does with ``num_updates``.
+Built on Lightning's ``WeightAveraging``; what differs is said at each method.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ SHOWN = ("train/loss", "val/loss", "val/map", "val/map_50", "val/mask_map", "val
 """What a line shows of the logged figures, where they exist, in this order."""
 
 
-def progress(*, refresh_rate: int = 10, bar: bool | None = None) -> ProgressBar:
+def progress_bar(*, refresh_rate: int = 10, bar: bool | None = None) -> ProgressBar:
     """Return Lightning's rich bar on a terminal, else ``LineProgress``.
 
     Args:

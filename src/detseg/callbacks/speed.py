@@ -30,7 +30,9 @@ class SpeedMonitor(L.Callback):
         """Forget the last epoch."""
         self._reset()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Read the clock: the batch is there."""
         self._started = time.perf_counter()
 
