@@ -1,0 +1,134 @@
+"""Losses of semantic segmentation: pixel-wise cross entropy and soft Dice, with an ignore index.
+
+Cross entropy with a weight per pixel: Ronneberger et al. 2015, "U-Net: Convolutional Networks for Biomedical Image
+Segmentation" (arXiv:1505.04597), equation 1. The paper sums over pixels; here the weighted mean over all valid pixels
+of the batch is taken, so that the learning rate does not depend on the size of images.
+Soft Dice: Milletari et al. 2016, "V-Net" (arXiv:1606.04797), section 3, per class. Differing from it, the denominator has no squares
+(as in Sudre et al. 2017, arXiv:1707.03237), and the sums run over the whole batch, so a class absent from one image
+does not count as missed there.
+
+B = images, K = classes, H, W = pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # torch's own convention
+from torch import Tensor, nn
+
+from detseg.structures.maps import IGNORE_INDEX
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    pixel_weights: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Return the weighted mean cross entropy over all valid pixels of a batch; zero where none is valid.
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``.
+        class_weights: ``(K,)``, as in ``torch.nn.CrossEntropyLoss``.
+        pixel_weights: ``(B, H, W)``, w(x) of equation 1.
+        ignore_index: label of pixels that do not count.
+    """
+    valid = labels != ignore_index  # (B, H, W)
+    losses = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=ignore_index, reduction="none")
+    weights = valid.to(losses.dtype)  # (B, H, W)
+    if class_weights is not None:
+        weights = weights * class_weights[labels.where(valid, 0)]  # (B, H, W)
+    if pixel_weights is not None:
+        losses, weights = losses * pixel_weights, weights * pixel_weights  # (B, H, W)
+    return losses.sum() / weights.sum().clamp(min=torch.finfo(losses.dtype).eps)
+
+
+def dice_scores(logits: Tensor, labels: Tensor, *, smooth: float = 1.0, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return the soft Dice coefficient of each class over a batch, ``(K,)`` in [0, 1].
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``.
+        smooth: added to numerator and denominator, in pixels; a class that is absent and not predicted scores 1.
+        ignore_index: label of pixels that do not count.
+    """
+    valid = (labels != ignore_index)[:, None]  # (B, 1, H, W)
+    probabilities = logits.float().softmax(dim=1) * valid  # (B, K, H, W)
+    truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]).permute(0, 3, 1, 2) * valid  # (B, K, H, W)
+    intersection = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
+    total = probabilities.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))  # (K,)
+    return (2 * intersection + smooth) / (total + smooth)  # (K,)
+
+
+def dice_loss(logits: Tensor, labels: Tensor, *, smooth: float = 1.0, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return one minus the mean soft Dice coefficient over classes; arguments as of ``dice_scores``."""
+    return 1 - dice_scores(logits, labels, smooth=smooth, ignore_index=ignore_index).mean()
+
+
+class SegmentationLoss(nn.Module):
+    """Cross entropy and soft Dice, each with a factor; a term with factor 0 is left out.
+
+    Args:
+        cross_entropy: factor of the cross entropy.
+        dice: factor of the Dice loss.
+        class_weights: one number per class for the cross entropy, or ``None`` for equal weights.
+        smooth: of the Dice loss, in pixels.
+        ignore_index: label of pixels that do not count.
+
+    Raises:
+        ValueError: both factors are zero, or one is negative.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        cross_entropy: float = 1.0,
+        dice: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        smooth: float = 1.0,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__()
+        if min(cross_entropy, dice) < 0 or cross_entropy + dice == 0:
+            raise ValueError(f"SegmentationLoss: cross_entropy {cross_entropy} and dice {dice}; one must be above 0")
+        self.cross_entropy, self.dice = cross_entropy, dice
+        self.smooth, self.ignore_index = smooth, ignore_index
+        weights = None if class_weights is None else torch.tensor([float(value) for value in class_weights])
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``{"loss_cross_entropy": ..., "loss_dice": ...}``, scalars.
+
+        Args:
+            logits: ``(B, K, H, W)``.
+            labels: ``(B, H, W)`` int64 in 0..K-1 or the ignore index.
+            pixel_weights: ``(B, H, W)`` for the cross entropy, or ``None``.
+
+        Raises:
+            ValueError: the number of class weights is not that of the logits' classes.
+        """
+        if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
+            raise ValueError(
+                f"SegmentationLoss has {len(self.class_weights)} class weights, but the model has {logits.shape[1]} "
+                "classes; give one weight per class"
+            )
+        terms: dict[str, Tensor] = {}
+        if self.cross_entropy:
+            terms["loss_cross_entropy"] = self.cross_entropy * cross_entropy(
+                logits,
+                labels,
+                class_weights=self.class_weights,
+                pixel_weights=pixel_weights,
+                ignore_index=self.ignore_index,
+            )
+        if self.dice:
+            loss = dice_loss(logits, labels, smooth=self.smooth, ignore_index=self.ignore_index)
+            terms["loss_dice"] = self.dice * loss
+        return terms

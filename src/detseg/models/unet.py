@@ -1,0 +1,242 @@
+"""U-Net.
+
+Ronneberger, Fischer & Brox 2015, "U-Net: Convolutional Networks for Biomedical Image Segmentation" (arXiv:1505.04597).
+
+Built (figure 1): four times two 3x3 convolutions without padding and a 2x2 max pooling, widths 64 to 1024; back up by
+2x2 up-convolutions that halve the width, with the cropped map of the way down put beside; a 1x1 convolution at the
+end. Dropout at the end of the contracting path (section 3.1), Gaussian initial weights of deviation sqrt(2 / N)
+(section 3). The overlap-tile strategy (section 2, figure 2): the image is continued by its mirror picture, so that
+logits come for every input pixel; 572 pixels give 388 when it is not.
+
+Different: an image is one tile, however large. Options that the paper has not: padded convolutions, batch norm, any
+width and depth, and ``BackboneUNet``, whose contracting path is a classification network (as in segmentation_models
+and TernausNet, Iglovikov & Shvets 2018, arXiv:1801.05746).
+
+B = images, C = channels, K = classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # torch's own convention
+from torch import Tensor, nn
+
+from detseg.losses.segmentation import SegmentationLoss
+from detseg.models.segmenter import SemanticSegmenter
+from detseg.nn import IMAGENET_MEAN, IMAGENET_STD, Backbone, Normalize
+from detseg.structures import Target
+
+
+class UNet(SemanticSegmenter):
+    """The paper's network; see the head of this file.
+
+    Args:
+        num_classes: classes of the semantic map, background included.
+        width: channels of the first level, doubled at each further one.
+        depth: poolings.
+        padding: pad each 3x3 convolution by one pixel, so maps keep their size (not in the paper, but usual).
+        norm: batch norm after each 3x3 convolution (not in the paper).
+        dropout: probability at the end of the contracting path: after the last two levels.
+        mean: subtracted from RGB in [0, 1].
+        std: divided by.
+        loss: gives the named terms; ``None`` means plain cross entropy.
+        separation: w0 of the weight map (10 in the paper), 0 for none; needs instance masks.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: int = 64,
+        depth: int = 4,
+        padding: bool = False,
+        norm: bool = False,
+        dropout: float = 0.5,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        loss: SegmentationLoss | None = None,
+        separation: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes=num_classes, loss=loss, separation=separation)
+        self.depth, self.padding = depth, padding
+        self.normalize = Normalize(mean, std)
+        widths = [width * 2**level for level in range(depth + 1)]
+        self.down = nn.ModuleList(
+            DoubleConvolution(before, after, padding=padding, norm=norm)
+            for before, after in zip([3, *widths], widths, strict=False)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.up = nn.ModuleList(UpStep(2 * after, after, padding=padding, norm=norm) for after in reversed(widths[:-1]))
+        self.head = nn.Conv2d(width, num_classes, kernel_size=1)
+        initialise(self)
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
+        """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
+        height, width = images.shape[-2:]
+        images = self.normalize(images, sizes)  # (B, 3, H, W)
+        rows, columns = self.context(height), self.context(width)
+        logits = self.network(mirror(images, rows, columns))  # (B, K, H + more, W + more)
+        return logits[:, :, :height, :width]
+
+    def context(self, length: int) -> tuple[int, int]:
+        """Return by how many pixels ``length`` must grow before and after, to get at least ``length`` logits back."""
+        step = 2**self.depth
+        if self.padding:
+            return 0, -length % step
+        # Two 3x3 convolutions per level cost 4 pixels of that level, on the way down and again on the way up
+        lost = 4 * (step + 2 * (step - 1))  # of the input and the output together: 4 (16 + 2 * 15) = 184
+        coarse = -(-(length + lost - 4 * (step - 1)) // step)
+        return lost // 2, step * coarse + 4 * (step - 1) - length - lost // 2
+
+    def network(self, images: Tensor) -> Tensor:
+        """Return the network's own logits: smaller than the images unless ``padding`` (572 gives 388).
+
+        Args:
+            images: normalised, ``(B, 3, H, W)``; every level must have an even size before it is pooled.
+
+        Raises:
+            ValueError: a level has an odd size.
+        """
+        skips: list[Tensor] = []
+        maps = images
+        for level, block in enumerate(self.down):
+            maps = block(maps)  # (B, width * 2 ** level, h, w)
+            if level >= self.depth - 1:
+                maps = self.dropout(maps)
+            if level < self.depth:
+                if maps.shape[-2] % 2 or maps.shape[-1] % 2:
+                    raise ValueError(f"U-Net level {level} is {tuple(maps.shape[-2:])}, which 2x2 pooling cannot halve")
+                skips.append(maps)
+                maps = F.max_pool2d(maps, 2)  # (B, C, h / 2, w / 2)
+        for step, skip in zip(self.up, reversed(skips), strict=True):
+            maps = step(maps, skip)  # (B, C / 2, 2 h, 2 w)
+        logits: Tensor = self.head(maps)  # (B, K, h, w)
+        return logits
+
+
+class BackboneUNet(SemanticSegmenter):
+    """U-Net whose contracting path is a backbone: up-sample, put the finer map beside, two 3x3 convolutions.
+
+    Args:
+        num_classes: classes of the semantic map, background included.
+        backbone: gives maps whose strides double from 2 or 4 on, such as (2, 4, 8, 16, 32).
+        widths: channels of the steps of the expanding path, coarsest first: one per pair of neighbouring strides.
+        norm: batch norm after each convolution of the expanding path.
+        loss: gives the named terms; ``None`` means plain cross entropy.
+        separation: w0 of the weight map (10 in the paper), 0 for none; needs instance masks.
+
+    Raises:
+        ValueError: the number of widths is not one less than that of the maps, or the strides do not double.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        backbone: Backbone,
+        widths: Sequence[int] = (256, 128, 64, 32),
+        norm: bool = True,
+        loss: SegmentationLoss | None = None,
+        separation: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes=num_classes, loss=loss, separation=separation)
+        strides = backbone.strides
+        if len(widths) != len(strides) - 1 or strides != [strides[0] * 2**level for level in range(len(strides))]:
+            raise ValueError(
+                f"BackboneUNet needs strides that double and one width per step: got strides {strides} and "
+                f"{len(widths)} widths; use strides=(2,4,8,16,32) with 4 widths"
+            )
+        self.normalize = Normalize(backbone.mean, backbone.std)
+        self.backbone = backbone
+        skips = backbone.channels[-2::-1]  # finest last
+        before = [backbone.channels[-1], *widths[:-1]]
+        self.up = nn.ModuleList(
+            DoubleConvolution(coarse + skip, width, padding=True, norm=norm)
+            for coarse, skip, width in zip(before, skips, widths, strict=True)
+        )
+        self.head = nn.Conv2d(widths[-1], num_classes, kernel_size=1)
+        initialise(self.up)
+        initialise(self.head)
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
+        """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
+        height, width = images.shape[-2:]
+        step = self.backbone.strides[-1]
+        padding = (0, -width % step, 0, -height % step)
+        images = F.pad(self.normalize(images, sizes), padding)  # (B, 3, H', W'), zero as all padding is
+        *skips, maps = self.backbone(images)
+        for block, skip in zip(self.up, reversed(skips), strict=True):
+            maps = F.interpolate(maps, scale_factor=2.0, mode="nearest")  # (B, C, 2 h, 2 w)
+            maps = block(torch.cat([maps, skip], dim=1))  # (B, width, 2 h, 2 w)
+        logits = F.interpolate(self.head(maps), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return logits[:, :, :height, :width]  # (B, K, H, W)
+
+
+class DoubleConvolution(nn.Sequential):
+    """Two 3x3 convolutions, each with an optional batch norm and a ReLU; without padding they cost 4 pixels."""
+
+    def __init__(self, channels: int, width: int, *, padding: bool, norm: bool) -> None:
+        layers: list[nn.Module] = []
+        for before in (channels, width):
+            layers.append(nn.Conv2d(before, width, 3, padding=int(padding), bias=not norm))
+            layers += [nn.BatchNorm2d(width)] if norm else []
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+
+class UpStep(nn.Module):
+    """A 2x2 up-convolution that halves the channels, the cropped skip beside it, and two 3x3 convolutions."""
+
+    def __init__(self, channels: int, width: int, *, padding: bool, norm: bool) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(channels, width, kernel_size=2, stride=2)
+        self.convolutions = DoubleConvolution(2 * width, width, padding=padding, norm=norm)
+
+    def forward(self, maps: Tensor, skip: Tensor) -> Tensor:
+        """Return ``(B, width, 2 h, 2 w)``, 4 less in height and width without padding.
+
+        Args:
+            maps: ``(B, channels, h, w)`` from below.
+            skip: ``(B, width, H, W)`` from the contracting path, at least twice as large.
+        """
+        maps = self.upsample(maps)  # (B, width, 2 h, 2 w)
+        top, left = (skip.shape[-2] - maps.shape[-2]) // 2, (skip.shape[-1] - maps.shape[-1]) // 2
+        skip = skip[:, :, top : top + maps.shape[-2], left : left + maps.shape[-1]]
+        result: Tensor = self.convolutions(torch.cat([skip, maps], dim=1))
+        return result
+
+
+def mirror(images: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """Continue images by their mirror picture, as often as is needed (figure 2); the edge is not repeated.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        rows: pixels to add above and below.
+        columns: pixels to add at the left and the right.
+    """
+    if rows == (0, 0) and columns == (0, 0):
+        return images
+    down, across = (
+        _mirrored(length, *more, device=images.device)
+        for length, more in zip(images.shape[-2:], (rows, columns), strict=True)
+    )
+    return images[:, :, down[:, None], across]  # (B, C, H + rows, W + columns)
+
+
+def _mirrored(length: int, before: int, after: int, device: torch.device) -> Tensor:
+    period = max(2 * (length - 1), 1)
+    positions = torch.arange(-before, length + after, device=device) % period  # (before + length + after,)
+    return torch.minimum(positions, period - positions) if length > 1 else torch.zeros_like(positions)
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw every convolution's weights with deviation sqrt(2 / N), N the incoming connections (section 3)."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d | nn.ConvTranspose2d):
+            # In a 2x2 up-convolution of stride 2 each output sees one input pixel: N is its channels
+            incoming = child.in_channels * (9 if child.kernel_size == (3, 3) else 1)
+            nn.init.normal_(child.weight, std=(2 / incoming) ** 0.5)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
