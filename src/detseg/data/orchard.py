@@ -1,7 +1,7 @@
-"""Orchard: the embedded dataset. Apples, pears and oranges on grass under a sky, drawn from a seed; nothing is downloaded.
+"""Orchard, the embedded dataset: apples, pears and oranges on grass under a sky, drawn from a seed.
 
-One scene gives four truths: boxes, instance masks, a semantic map and a panoptic map. Boxes and masks are of the visible
-pixels, as in COCO; stem and leaf belong to their fruit. Image i of a split is the same on every machine.
+One scene gives four truths: boxes, instance masks, a semantic map and a panoptic map. Boxes and masks are of the
+visible pixels, as in COCO; stem and leaf belong to their fruit. Image i of a split is the same on every machine.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from detseg.data.module import DetectionData, Sample
+from detseg.data.module import DetectionData
 from detseg.data.orchard_draw import Scene, draw_scene
 from detseg.data.orchard_fruit import SPECIES
+from detseg.data.sample import Sample, SampleDataset
 from detseg.structures import PanopticMap, SemanticMap, Target
 
 SPLITS = ("train", "val", "test")
@@ -25,17 +25,18 @@ STUFF = ("sky", "grass")
 TRUTHS = ("boxes", "instances", "semantic", "panoptic")
 
 
-class OrchardDataset(Dataset[Sample]):
+class OrchardDataset(SampleDataset):
     """One split of Orchard.
 
     Args:
         split: train, val or test; splits share no scene.
         images: how many images; a longer split begins with the images of a shorter one.
         image_size: (height, width) in pixels, or one number for a square.
-        truth: what ``target`` holds besides boxes and labels 0 apple, 1 pear, 2 orange: ``boxes`` nothing, ``instances``
-            masks, ``semantic`` the map (0 sky, 1 grass, 2.. fruit), ``panoptic`` all of these and the panoptic map.
+        truth: what ``target`` holds besides boxes and labels (0 apple, 1 pear, 2 orange): ``boxes`` nothing,
+            ``instances`` masks, ``semantic`` the map (0 sky, 1 grass, 2 apple, 3 pear, 4 orange), ``panoptic`` all of
+            these and the panoptic map.
         seed: another seed is another orchard.
-        cache_mb: megabytes of drawn images that each process keeps, since every epoch shows the same ones; 0 keeps none.
+        cache_mb: megabytes of drawn images that each process keeps, as every epoch shows them again; 0 keeps none.
 
     Raises:
         ValueError: an unknown split or truth, no images, or an image side below 16 pixels.
@@ -62,6 +63,8 @@ class OrchardDataset(Dataset[Sample]):
                 "give at least 1 image, sides of at least 16 px and a seed of at least 0"
             )
         self.split, self.images, self.truth, self.seed = split, images, truth, seed
+        self.class_names = [*STUFF, *SPECIES] if truth == "semantic" else list(SPECIES)
+        self.category_ids = list(range(len(STUFF) + len(SPECIES))) if truth == "semantic" else [2, 3, 4]
         self._room = int(cache_mb * 1e6 / (5 * self.size[0] * self.size[1]))  # 5 bytes a pixel: RGB, segment, class
         self._cache: dict[int, Scene] = {}
 
@@ -122,6 +125,8 @@ class Orchard(DetectionData):
         eval_batch_size: images per evaluation step; ``None`` takes ``batch_size``.
         num_workers: processes that draw images; 0 draws in the main process.
         size_divisor: batches are padded to a multiple of this, in pixels.
+        drop_last: leave out a last, smaller training batch.
+        pin_memory: page-locked batches, which copy faster to a GPU; ``None``: where there is one.
     """
 
     def __init__(
@@ -141,6 +146,8 @@ class Orchard(DetectionData):
         eval_batch_size: int | None = None,
         num_workers: int = 2,
         size_divisor: int = 32,
+        drop_last: bool = True,
+        pin_memory: bool | None = None,
     ) -> None:
         super().__init__(
             truth=truth,
@@ -152,6 +159,8 @@ class Orchard(DetectionData):
             num_workers=num_workers,
             size_divisor=size_divisor,
             seed=seed,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
         )
         self.image_size = image_size
         self.images = {"train": train_images, "val": val_images, "test": test_images}
@@ -169,14 +178,9 @@ class Orchard(DetectionData):
         )
 
 
-def class_names(truth: str) -> list[str]:
-    """Return the names by label: the fruit for detection, stuff and fruit for a semantic map."""
-    return [*STUFF, *SPECIES] if truth == "semantic" else list(SPECIES)
-
-
 def _boxes(masks: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
     """Return the boxes ``(N, 4)`` around masks ``(N, H, W)``: outer edges of the outermost pixels."""
-    rows, columns = masks.any(axis=2), masks.any(axis=1)  # (N, H), (N, W)
+    rows, columns = np.asarray(masks.any(axis=2)), np.asarray(masks.any(axis=1))  # (N, H), (N, W)
     if not len(masks):
         return torch.zeros((0, 4))
     height, width = masks.shape[1:]

@@ -1,8 +1,8 @@
 """Draws one scene of Orchard: fruit on grass under a sky, with the truth of every pixel.
 
-A scene is planned in shares of the image, then drawn at any size, so one index shows the same orchard at 128 and at 640
-pixels (fruit that the size leaves less than a quarter visible is dropped, which may differ by a fruit in rare cases).
-The random numbers are PCG64's, seeded by (seed, split, index); see ``orchard_fruit`` for why no ``sin`` or ``exp`` occurs.
+A scene is planned in shares of the image, then drawn at any size, so one index shows the same orchard at 128 and at
+640 pixels (fruit of which less than a quarter shows is dropped, and sizes may disagree on one at the limit). The random
+numbers are PCG64's, seeded by (seed, split, index); see ``orchard_fruit`` for why no ``sin`` or ``exp`` occurs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from detseg.data.orchard_fruit import (
     draw_fruit,
     hsv,
     lens,
+    pick,
     plan_fruit,
     random_turn,
     uniform,
@@ -30,7 +31,6 @@ MIN_VISIBLE = 0.25
 """Fruit of which less than this share can be seen, hidden or beyond the border, is left out of picture and truth."""
 EMPTY_SHARE = 0.05
 """Share of images without any fruit."""
-MAX_FRUIT = 8
 
 _COUNTS = (0.14, 0.18, 0.18, 0.16, 0.13, 0.10, 0.07, 0.04)  # of 1..8 fruit, given that there is any
 _SMALLEST, _LARGEST = 0.045, 0.225  # radius of a fruit's body: 11 to 58 px across at 128 px
@@ -79,10 +79,7 @@ def plan_fruits(rng: np.random.Generator, horizon: float) -> list[Fruit]:
     """Choose the fruit of a scene, farthest first; nearer fruit (lower in the image) hides what is behind it."""
     if rng.random() < EMPTY_SHARE:
         return []
-    choice, count = rng.random(), 1
-    for share in _COUNTS[:-1]:
-        choice -= share
-        count += choice >= 0
+    count = 1 + pick(rng, _COUNTS)
     fruits: list[Fruit] = []
     for _ in range(count):
         for _ in range(8):  # look for a place where little is hidden; a crowded scene goes without
@@ -257,4 +254,5 @@ def _expose(rng: np.random.Generator, canvas: Floats) -> NDArray[np.uint8]:
     strength = uniform(rng, 0.0, 10.0)
     grain = rng.integers(0, 256, size=(2, *canvas.shape[1:]), dtype=np.uint8).astype(np.float32)
     grain = (grain[0] + grain[1]) * (strength / 256) + (0.5 - strength * 0.998)  # triangular, mean 0; 0.5 to round
-    return np.clip(canvas * tint + grain, 0, 255).astype(np.uint8)
+    image: NDArray[np.uint8] = np.clip(canvas * tint + grain, 0, 255).astype(np.uint8)
+    return image

@@ -6,8 +6,8 @@ Every species is told apart by its outline and its skin; the hues overlap on pur
 - pear: two blended circles, speckled, with a bent stem;
 - orange: a circle with dimples and the star that the stem left.
 
-Only ``+ - * /``, ``sqrt``, ``floor`` and comparisons touch the pixels. IEEE 754 fixes the result of each to the last bit,
-so an image is the same on every machine, which ``sin`` or ``exp`` of different libraries would not give.
+Only ``+ - * /``, ``sqrt``, ``floor`` and comparisons touch the pixels. IEEE 754 fixes the result of each to the last
+bit, so an image is the same on every machine, which ``sin`` or ``exp`` of different libraries would not give.
 
 Convention: ``u, v`` are a fruit's own axes, upright, in units of its radius; ``v`` grows downwards.
 """
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]  # float32 throughout
 
 SPECIES = ("apple", "pear", "orange")
 REACH = 1.4
@@ -71,6 +73,16 @@ def uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
+def pick(rng: np.random.Generator, weights: Sequence[float]) -> int:
+    """Return an index with the probability that its weight gives; the weights sum to 1."""
+    choice = rng.random()
+    for index, weight in enumerate(weights):
+        choice -= weight
+        if choice < 0:
+            return index
+    return len(weights) - 1
+
+
 def random_turn(rng: np.random.Generator, *, upright: bool) -> tuple[float, float]:
     """Return (cos, sin) of a random angle by the rational form of the circle, without a call to libm.
 
@@ -107,11 +119,7 @@ def plan_fruit(rng: np.random.Generator, *, species: int, x: float, y: float, ra
 
 
 def _fruit_colour(rng: np.random.Generator, name: str) -> Floats:
-    choice = rng.random()
-    for low, high, weight in _HUES[name]:
-        choice -= weight
-        if choice < 0:
-            break
+    low, high = _HUES[name][pick(rng, [weight for _, _, weight in _HUES[name]])][:2]
     return hsv(uniform(rng, low, high), uniform(rng, 0.62, 0.95), uniform(rng, 0.68, 0.98))
 
 
@@ -151,14 +159,16 @@ def cover(distance: Floats, scale: float) -> Floats:
         distance: negative inside the shape.
         scale: pixels per unit of ``distance``.
     """
-    return np.clip(np.float32(0.5) - distance * np.float32(scale), 0, 1)
+    share: Floats = np.clip(np.float32(0.5) - distance * np.float32(scale), 0, 1)
+    return share
 
 
 def lens(x: Floats, y: Floats, length: float, width: float) -> Floats:
-    """Return the signed distance to a leaf-shaped outline with half axes ``length`` and ``width``: two arcs that meet."""
+    """Return the signed distance to a leaf's outline, two arcs that meet, of half axes ``length`` and ``width``."""
     reach, gap = (length * length / width + width) / 2, (length * length / width - width) / 2
     wide = np.abs(y) + np.float32(gap)
-    return np.sqrt(x * x + wide * wide) - np.float32(reach)
+    distance: Floats = np.sqrt(x * x + wide * wide) - np.float32(reach)
+    return distance
 
 
 def _apple(
@@ -239,12 +249,14 @@ def _over(colour: Floats, alpha: Floats, paint: Floats, part: Floats) -> tuple[F
 
 def _blush(fruit: Fruit, u: Floats, v: Floats) -> Floats:
     a, b, offset = fruit.blush
-    return np.clip(a * u + b * v + np.float32(offset), 0, 1)
+    share: Floats = np.clip(a * u + b * v + np.float32(offset), 0, 1)
+    return share
 
 
 def _mix(colours: Floats, share: Floats) -> Floats:
     base, other = colours[0].reshape(3, 1, 1), colours[1].reshape(3, 1, 1)
-    return base + (other - base) * share
+    mixed: Floats = base + (other - base) * share
+    return mixed
 
 
 def _light(colour: Floats, nu: Floats, nv: Floats, light: tuple[float, float, float], *, gloss: float) -> Floats:
@@ -275,7 +287,9 @@ def _dots(fruit: Fruit, u: Floats, v: Floats, *, lattice: float, size: float, ra
     da = a - column - fruit.dots[0].ravel()[cell]
     db = b - row - fruit.dots[1].ravel()[cell]
     pixels = radius / lattice  # a cell's side; spots below a pixel fade to their mean
-    return np.clip((size - np.sqrt(da * da + db * db)) * np.float32(max(pixels, 0.8)) + np.float32(0.35), 0, 1)
+    inside = size - np.sqrt(da * da + db * db)
+    spots: Floats = np.clip(inside * np.float32(max(pixels, 0.8)) + np.float32(0.35), 0, 1)
+    return spots
 
 
 def window(fruit: Fruit, height: int, width: int) -> tuple[float, int, int, int, tuple[float, float]]:
