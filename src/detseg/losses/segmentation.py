@@ -3,9 +3,9 @@
 Cross entropy with a weight per pixel: Ronneberger et al. 2015, "U-Net: Convolutional Networks for Biomedical Image
 Segmentation" (arXiv:1505.04597), equation 1. The paper sums over pixels; here the weighted mean over all valid pixels
 of the batch is taken, so that the learning rate does not depend on the size of images.
-Soft Dice: Milletari et al. 2016, "V-Net" (arXiv:1606.04797), section 3, per class. Differing from it, the denominator has no squares
-(as in Sudre et al. 2017, arXiv:1707.03237), and the sums run over the whole batch, so a class absent from one image
-does not count as missed there.
+Soft Dice: Milletari et al. 2016, "V-Net" (arXiv:1606.04797), section 3, per class. Differing from it, the denominator
+has no squares (as in Sudre et al. 2017, arXiv:1707.03237), and the sums run over the whole batch, so a class absent
+from one image does not count as missed there.
 
 B = images, K = classes, H, W = pixels.
 """
