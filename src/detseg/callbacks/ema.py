@@ -7,6 +7,8 @@ Built on Lightning's ``WeightAveraging``; what differs is said at each method.
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -63,3 +65,17 @@ class EMA(WeightAveraging):
         """Put the training weights back, inside ``fit`` alone."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore average and training weights, inside ``fit`` alone.
+
+        Lightning does so in ``validate`` and ``test`` after ``fit`` too, where the training weights would replace the
+        average that is to be measured.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average first, inside ``fit`` alone; a checkpoint saved later holds what the model has by then."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)

@@ -40,6 +40,7 @@ def wandb_logger(
         tags=list(tags),
         save_dir=str(save_dir),
         offline=offline,
+        mode="offline" if offline else None,  # Lightning sets a variable alone, which wandb.login has read already
         log_model=log_model and not offline,
     )
 
