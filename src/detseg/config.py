@@ -47,7 +47,7 @@ class Run:
     """What a config describes: plain Lightning objects, ready for ``run.trainer.fit(run.task, run.data)``.
 
     Attributes:
-        cfg: the resolved config, with class names and their number filled in from the data.
+        cfg: the resolved config, with the number of classes filled in from the data.
         data: the data module.
         task: the Lightning module around the model.
         trainer: with the callbacks and loggers of the config.
@@ -193,7 +193,7 @@ def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objec
 def build(cfg: DictConfig) -> Run:
     """Build the data, the model, its task and the trainer that ``cfg`` describes, in this order.
 
-    The class names and their number come from the data, so that the model is built with what the files hold.
+    The number of classes comes from the data, so that the model is built with what the files hold.
     ``cfg`` itself stays as it is; ``run.cfg`` is the resolved copy.
 
     Raises:
@@ -205,10 +205,37 @@ def build(cfg: DictConfig) -> Run:
     allow = list(cfg.allow)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: DetectionData = instantiate(cfg.data, allow=allow, path="data")
-    cfg.data.num_classes, cfg.data.class_names = data.num_classes, list(data.class_names)
+    cfg.data.num_classes = data.num_classes
     OmegaConf.resolve(cfg)
-    task = build_task(cfg)
-    parts = {
+    task = build_task(cfg, class_names=data.class_names)
+    return Run(cfg=cfg, data=data, task=task, trainer=build_trainer(cfg))
+
+
+def build_task(cfg: DictConfig, *, class_names: Sequence[str]) -> Task:
+    """Build the model and the task around it from a resolved config; ``class_names`` are the data's, by label."""
+    from detseg.checkpoint import init_from
+
+    allow = list(cfg.allow)
+    model = instantiate(cfg.model, allow=allow, path="model")
+    if cfg.init_from is not None:
+        init_from(model, Path(cfg.init_from), drop_head=cfg.drop_head)
+    scheduler = None if cfg.scheduler is None else instantiate(cfg.scheduler, allow=allow, path="scheduler")
+    optimizer = instantiate(cfg.optimizer, allow=allow, path="optimizer")
+    names = list(class_names)
+    task: Task = instantiate(
+        cfg.task, allow=allow, path="task", model=model, optimizer=optimizer, scheduler=scheduler, class_names=names
+    )
+    return task
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """Build the trainer with its callbacks and loggers from a resolved config, without those that are ``null``."""
+    from lightning.pytorch.callbacks import ProgressBar
+
+    from detseg.callbacks import CheckpointStamp
+
+    allow = list(cfg.allow)
+    parts: dict[str, list[Any]] = {
         group: [
             instantiate(node, allow=allow, path=f"{group}.{key}")
             for key, node in (cfg.get(group) or {}).items()
@@ -216,32 +243,15 @@ def build(cfg: DictConfig) -> Run:
         ]
         for group in ("callbacks", "logger")
     }
-    trainer = instantiate(
+    for callback in parts["callbacks"]:
+        if isinstance(callback, CheckpointStamp):
+            callback.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    if cfg.trainer.enable_progress_bar is None:  # Lightning would bring its own where none is asked for
+        cfg.trainer.enable_progress_bar = any(isinstance(callback, ProgressBar) for callback in parts["callbacks"])
+    trainer: L.Trainer = instantiate(
         cfg.trainer, allow=allow, path="trainer", callbacks=parts["callbacks"], logger=parts["logger"] or False
     )
-    return Run(cfg=cfg, data=data, task=task, trainer=trainer)
-
-
-def build_task(cfg: DictConfig) -> Task:
-    """Build the model and the task around it from a resolved config whose data section names the classes."""
-    from detseg.experiment import load_initial_weights
-
-    allow = list(cfg.allow)
-    model = instantiate(cfg.model, allow=allow, path="model")
-    if cfg.init_from is not None:
-        load_initial_weights(model, Path(cfg.init_from), drop_head=cfg.drop_head)
-    scheduler = None if cfg.scheduler is None else instantiate(cfg.scheduler, allow=allow, path="scheduler")
-    task: Task = instantiate(
-        cfg.task,
-        allow=allow,
-        path="task",
-        model=model,
-        optimizer=instantiate(cfg.optimizer, allow=allow, path="optimizer"),
-        scheduler=scheduler,
-        class_names=list(cfg.data.class_names),
-    )
-    task.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    return task
+    return trainer
 
 
 def register_resolvers() -> None:

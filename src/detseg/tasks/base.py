@@ -74,8 +74,6 @@ class Task(L.LightningModule):
         self.class_names = list(class_names)
         self.monitor, self.mode = monitor, mode
         self.backbone_lr_scale, self.decay_one_dimensional = backbone_lr_scale, decay_one_dimensional
-        self.config: dict[str, Any] | None = None
-        """The whole resolved config as plain values; ``detseg.build`` sets it."""
         self.results: dict[str, dict[str, float]] = {}
         """Stage ("val", "test") -> every figure of its last epoch by name without stage; NaN is n/a."""
         self.meters = nn.ModuleDict(

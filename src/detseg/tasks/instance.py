@@ -18,7 +18,7 @@ class InstanceSegmentation(TwoStageDetection):
     """Boxes with masks: also logs COCO AP of masks, and how well masks fit where the box was found.
 
     Logged beside the boxes' figures (and the proposals', where the model has any): ``mask_map``, ``mask_map_50``, ...,
-    ``mask_map/<class>``, and ``mask_quality``, the mean mask IoU of detections whose box matches an object (IoU >= 0.5).
+    ``mask_map/<class>``, and ``mask_quality``, the mean mask IoU of detections whose box matches an object.
     """
 
     needs_proposals: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """Learning rate schedules as factors of the peak, one value per optimiser step.
 
-Each is a pure function of the step and a thin ``LambdaLR`` around it, whose state is plain numbers, so that a checkpoint
-loads with ``weights_only=True``. Every parameter group keeps its own peak.
+Each is a pure function of the step and a thin ``LambdaLR`` around it, whose state is plain numbers, so that a
+checkpoint loads with ``weights_only=True``. Every parameter group keeps its own peak.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from detseg.tasks.detection import Detection
 class TwoStageDetection(Detection):
     """Detection from proposals: also logs how many objects the proposals cover, before any classification.
 
-    Logged beside what ``Detection`` logs: ``proposal_ar_100``, ``proposal_ar_300``, ``proposal_ar_1000`` (average recall
-    over IoU 0.5 to 0.95 of the best proposals), and from the model's ``diagnostics`` the share of foreground among
-    the sampled proposals.
+    Logged beside what ``Detection`` logs: ``proposal_ar_100``, ``proposal_ar_300``, ``proposal_ar_1000`` (average
+    recall over IoU 0.5 to 0.95 of the best proposals), and from the model's ``diagnostics`` the share of foreground
+    among the sampled proposals.
 
     Raises:
         TypeError: the model has no ``proposals``.

@@ -1,0 +1,111 @@
+"""The verbs: Hydra around the functions that a notebook calls, and errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from detseg.config import CONFIG_MODULE, ConfigError, config_error, load_config, register_resolvers
+
+DEBUG = "DETSEG_DEBUG"
+"""Environment variable; set, an error shows where it arose."""
+
+
+def run_verb(verb: str, arguments: Sequence[str]) -> int:
+    """Run one verb and turn errors that a user can mend into one line; return the exit code.
+
+    Args:
+        verb: ``"train"``, ``"evaluate"`` or ``"predict"``.
+        arguments: what followed it on the command line.
+    """
+    verbs: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+    try:
+        verbs[verb](arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(config_error(error, [text for text in arguments if "=" in text], name=verb), code=2)
+    except (ConfigError, FileNotFoundError) as error:
+        return _fail(error, code=2)
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+        return _fail(error, code=1)
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> None:
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
+    register_resolvers()
+    sys.argv = ["detseg train", *arguments]  # hydra.main reads the command line itself
+    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(train_one)()
+
+
+def train_one(cfg: DictConfig) -> float | None:
+    """Train once and print what came out; a sweeper gets the figure that the task optimises."""
+    from detseg.cli.show import show
+    from detseg.experiment import train
+
+    _quiet()
+    outcome = train(cfg)
+    show(outcome)
+    return outcome.figures.get(outcome.monitor)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from detseg.evaluation import evaluate, load_evaluation
+
+    _compose_and_run(arguments, "evaluate", load_evaluation, evaluate)
+
+
+def _predict(arguments: Sequence[str]) -> None:
+    from detseg.prediction import predict
+
+    _compose_and_run(arguments, "predict", lambda *texts: load_config(*texts, name="predict"), predict)
+
+
+def _compose_and_run(
+    arguments: Sequence[str], verb: str, load: Callable[..., DictConfig], run: Callable[[DictConfig], Any]
+) -> None:
+    """Compose without a run of Hydra's, as there is nothing to sweep."""
+    from detseg.cli.show import show
+
+    if any(text in ("-h", "--help") for text in arguments):
+        print(_verb_help(verb))
+        return
+    flags = [text for text in arguments if text.startswith("-")]
+    if flags:
+        raise ConfigError(f"detseg {verb} takes key=value and --help, not {' '.join(flags)}")
+    cfg = load(*arguments)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"detseg {verb} needs {', '.join(f'{key}=...' for key in missing)}; see detseg {verb} --help")
+    _quiet()
+    show(run(cfg))
+
+
+def _verb_help(verb: str) -> str:
+    """Return the commented file that the verb's keys come from."""
+    from importlib.resources import files
+
+    text = files(CONFIG_MODULE).joinpath(f"{verb}.yaml").read_text(encoding="utf-8")
+    return f"usage: detseg {verb} [key=value ...]\n\n{text}"
+
+
+def _quiet() -> None:
+    """Keep Lightning's tips and device lines out of a run's output; warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _fail(error: Exception, *, code: int) -> int:
+    if os.environ.get(DEBUG):
+        raise error
+    print(f"detseg: {error}", file=sys.stderr)
+    if code == 1:
+        print(f"({type(error).__name__}; {DEBUG}=1 shows where it arose)", file=sys.stderr)
+    return code

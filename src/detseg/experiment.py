@@ -1,0 +1,136 @@
+"""What ``detseg train`` does, for notebooks too: a run with all its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from detseg.config import ConfigError, Run, build, build_trainer
+
+
+@dataclass
+class Outcome:
+    """What a verb leaves behind.
+
+    Attributes:
+        directory: the run's own directory.
+        figures: every figure by name without stage; NaN is n/a.
+        monitor: the figure that the task optimises, such as ``"map"``.
+        class_names: by label.
+        checkpoint: the one that was measured; ``None`` where the run kept none.
+        files: written files worth looking at.
+    """
+
+    directory: Path
+    figures: dict[str, float] = field(default_factory=dict)
+    monitor: str = ""
+    class_names: list[str] = field(default_factory=list)
+    checkpoint: Path | None = None
+    files: list[Path] = field(default_factory=list)
+
+
+def train(cfg: DictConfig) -> Outcome:
+    """Train as ``cfg`` says, then measure the best checkpoint on the validation split.
+
+    The run directory receives ``resolved.yaml``, ``environment.json``, ``metrics.json`` and what callbacks and loggers
+    write.
+
+    Args:
+        cfg: from ``load_config()``.
+
+    Raises:
+        ConfigError: the config does not fit, or its directory holds a run already.
+        FileNotFoundError: ``resume`` or ``init_from`` names no file.
+    """
+    import torch
+
+    directory = Path(cfg.paths.output_dir)
+    if (directory / "resolved.yaml").exists():
+        raise ConfigError(f"{directory} holds a run already, and nothing is overwritten; choose another name")
+    for key in ("resume", "init_from"):
+        if cfg[key] is not None and not Path(cfg[key]).is_file():
+            raise FileNotFoundError(f"{key}={cfg[key]}: there is no such file (looked from {Path.cwd()})")
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    run = build(cfg)
+    if run.trainer.is_global_zero:
+        write_run_files(run.cfg, directory)
+    run.trainer.fit(run.task, datamodule=run.data, ckpt_path=cfg.resume, weights_only=True)
+    best = best_checkpoint(run)
+    if cfg.evaluate_after and best is not None:
+        measure(run, best)
+    figures = run.task.results.get("val", {})
+    if run.trainer.is_global_zero:
+        write_json(directory / "metrics.json", figures)
+    return Outcome(
+        directory=directory,
+        figures=figures,
+        monitor=run.task.monitor.partition("/")[2],
+        class_names=run.task.class_names,
+        checkpoint=best,
+        files=[path for path in (directory / "images", directory / "metrics.json") if path.exists()],
+    )
+
+
+def best_checkpoint(run: Run) -> Path | None:
+    """Return the checkpoint with the best figure so far, or ``None`` where none was kept."""
+    path = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
+    return Path(path) if path else None
+
+
+def measure(run: Run, checkpoint: Path) -> None:
+    """Fill ``run.task.results["val"]`` with the figures of ``checkpoint``.
+
+    A trainer without callbacks does it: those that average or draw belong to training.
+    """
+    from detseg.checkpoint import init_from
+
+    init_from(run.task.model, checkpoint)
+    plain = OmegaConf.merge(run.cfg, {"callbacks": None, "logger": None})
+    plain.trainer.enable_checkpointing, plain.trainer.enable_progress_bar = False, False
+    build_trainer(cast(DictConfig, plain)).validate(run.task, datamodule=run.data, verbose=False)
+
+
+def write_run_files(cfg: DictConfig, directory: Path) -> None:
+    """Write what a run was: ``resolved.yaml`` and ``environment.json`` (versions, platform, git commit, command)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "resolved.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    write_json(directory / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, platform, threads, git commit and command line of this process."""
+    import torch
+
+    from detseg.stamp import git_commit, versions
+
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(),
+        "command": sys.argv,
+    }
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON; NaN, which JSON does not know, becomes ``null``. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
