@@ -1,0 +1,95 @@
+"""Figures for people and for files: rows of a table, and JSON in which n/a is null.
+
+Figures may carry a prefix that ends in ``/`` or ``_``, such as ``val/`` or ``mask_``; their counts carry the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Value = Tensor | float | int
+_COUNT = re.compile(r"(^|[/_])count(_|$)")
+_SIZE = re.compile(r"(small|medium|large)$")
+_FIGURE = re.compile(r"(map|mar|miou|iou|dice|pixel_accuracy|mean_class_accuracy|accuracy|fw_iou|ar|mask_quality)(_|$)")
+_OF_PIXELS = ("miou", "iou", "dice", "pixel_accuracy", "mean_class_accuracy", "accuracy", "fw_iou")
+
+
+def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """Return (name, value) for each figure, ready to print.
+
+    A per-class figure gives one row per class, named as ``map_per_class apple``. NaN reads ``n/a (0 objects)``. Counts
+    are not rows of their own.
+
+    Args:
+        figures: what ``compute`` returned; entries of several metrics may be merged.
+        class_names: names by label; without them labels are printed.
+    """
+    rows = []
+    for key, value in figures.items():
+        if _COUNT.search(key):
+            continue
+        for index, number in _entries(value):
+            name = key if index is None else f"{key} {_name(index, class_names)}"
+            rows.append((name, _text(key, index, number, figures)))
+    return rows
+
+
+def plain_figures(figures: Mapping[str, Value], class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return figures as plain numbers: NaN becomes ``None``, per-class figures dicts by class name."""
+    plain: dict[str, Any] = {}
+    for key, value in figures.items():
+        entries = {index: _plain(number) for index, number in _entries(value)}
+        if None in entries:
+            plain[key] = entries[None]
+        else:
+            plain[key] = {_name(index, class_names): number for index, number in entries.items() if index is not None}
+    return plain
+
+
+def write_metrics(path: Path, figures: Mapping[str, Value], class_names: Sequence[str] | None = None) -> None:
+    """Write figures as JSON; n/a is null, so that any reader can parse it.
+
+    Args:
+        path: the file to write, replaced where it exists.
+        figures: see ``table_rows``.
+        class_names: names by label.
+    """
+    text = json.dumps(plain_figures(figures, class_names), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _entries(value: Value) -> Iterator[tuple[int | None, float | int]]:
+    """Yield (None, number) of a scalar, (label, number) of a per-class tensor."""
+    if isinstance(value, Tensor) and value.ndim:
+        yield from enumerate(value.detach().cpu().tolist())
+    else:
+        yield None, value.item() if isinstance(value, Tensor) else value
+
+
+def _name(index: int, class_names: Sequence[str] | None) -> str:
+    return str(index) if class_names is None else class_names[index]
+
+
+def _plain(number: float | int) -> float | int | None:
+    return number if math.isfinite(number) else None
+
+
+def _text(key: str, index: int | None, number: float | int, figures: Mapping[str, Value]) -> str:
+    if not math.isnan(number):
+        return f"{number:.4f}"
+    name = _FIGURE.search(key)
+    prefix = key[: name.start()] if name else ""
+    unit = "pixels" if name and name.group(1) in _OF_PIXELS else "objects"
+    size = _SIZE.search(key)
+    tail = "_per_class" if index is not None else f"_{size.group(1)}" if size else ""
+    count = figures.get(f"{prefix}count{tail}", 0)
+    number_of = torch.as_tensor(count).reshape(-1)[index or 0].item()
+    return f"n/a ({number_of:g} {unit})"
