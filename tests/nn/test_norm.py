@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torchvision.ops import FrozenBatchNorm2d
+
+from detseg.nn import freeze_batch_norm, set_norm_eps
+
+
+def network() -> nn.Sequential:
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3), nn.Sequential(nn.BatchNorm2d(4)))
+    for norm in (body[1], body[2][0]):
+        nn.init.uniform_(norm.weight)
+        norm.running_mean.uniform_()
+        norm.running_var.uniform_(0.5, 1.0)
+    return body
+
+
+def test_frozen_equals_evaluation_and_stays():
+    body, images = network().eval(), torch.rand(2, 3, 5, 5)
+    expected = body(images)
+    frozen = freeze_batch_norm(body)
+    assert frozen is body
+    assert isinstance(body[1], FrozenBatchNorm2d)
+    assert body[1].eps == 1e-3
+    assert_close(body.train()(images), expected)
+    assert [name for name, _ in body.named_parameters()] == ["0.weight", "0.bias"]
+
+
+def test_only_untrained():
+    body = network()
+    body[1].requires_grad_(False)
+    freeze_batch_norm(body, untrained_only=True)
+    assert isinstance(body[1], FrozenBatchNorm2d)
+    assert isinstance(body[2][0], nn.BatchNorm2d)
+
+
+def test_timm_norms_keep_their_activation():
+    timm_norm = pytest.importorskip("timm.layers").BatchNormAct2d(4)
+    body, images = nn.Sequential(timm_norm).eval(), torch.randn(2, 4, 3, 3)
+    expected = body(images)
+    keys = {key for key in body.state_dict() if "num_batches" not in key}
+    freeze_batch_norm(body)
+    assert_close(body.train()(images), expected)
+    assert body(images).min() == 0
+    assert body.state_dict().keys() == keys
+
+
+def test_eps_of_all_norms_and_a_bare_norm():
+    body = freeze_batch_norm(network())
+    set_norm_eps(body, 0.0)
+    assert {body[1].eps, body[2][0].eps} == {0.0}
+    with pytest.raises(TypeError, match="give the network that holds"):
+        freeze_batch_norm(nn.BatchNorm2d(3))
