@@ -1,7 +1,8 @@
 """Random mini-batches with a fixed share of positives.
 
-From `"Faster R-CNN" <https://arxiv.org/abs/1506.01497>`_, section 3.1.3, and
-`"Fast R-CNN" <https://arxiv.org/abs/1504.08083>`_, section 2.3. Draws in torchvision's order, so that one seed gives both the same samples.
+From `"Faster R-CNN" <https://arxiv.org/abs/1506.01497>`_, section 3.1.3, and `"Fast R-CNN"
+<https://arxiv.org/abs/1504.08083>`_, section 2.3. Draws in torchvision's order, so that one seed gives both
+the same samples.
 """
 
 from __future__ import annotations
