@@ -9,15 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 1 / 9) -> Tensor:
+def smooth_l1(prediction: Tensor, target: Tensor, weights: Tensor | None = None, *, beta: float = 1 / 9) -> Tensor:
     """Return the summed loss, a scalar; 0 for empty input.
 
     Args:
         prediction: ``(..., 4)`` box deltas.
         target: the same shape.
+        weights: ``(...)``, the weight of each box; ``None`` weighs all by 1.
         beta: difference at which the loss turns linear; 0 is plain L1.
     """
-    return F.smooth_l1_loss(prediction, target, beta=beta, reduction="sum")
+    if weights is None:
+        return F.smooth_l1_loss(prediction, target, beta=beta, reduction="sum")
+    loss = F.smooth_l1_loss(prediction, target, beta=beta, reduction="none")  # (..., 4)
+    return (loss.sum(dim=-1) * weights).sum()
 
 
 class SmoothL1(nn.Module):
@@ -36,6 +40,6 @@ class SmoothL1(nn.Module):
             raise ValueError(f"SmoothL1: beta is {beta}; it must not be negative")
         self.beta = beta
 
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def forward(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the sum over all elements, a scalar; see ``smooth_l1``."""
-        return smooth_l1(prediction, target, self.beta)
+        return smooth_l1(prediction, target, weights, beta=self.beta)

@@ -1,0 +1,78 @@
+"""Box losses from the overlap: they see a box as a whole, not four numbers.
+
+Built: IoU (Yu et al. 2016, UnitBox, arXiv:1608.01471, as -log IoU), GIoU (Rezatofighi et al. 2019, arXiv:1902.09630),
+DIoU and CIoU (Zheng et al. 2020, arXiv:1911.08287); all but the first are torchvision's, summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+
+
+def iou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None, *, eps: float = 1e-7) -> Tensor:
+    """Return the summed -log IoU, a scalar.
+
+    Args:
+        boxes: ``(P, 4)`` predicted, xyxy.
+        targets: ``(P, 4)`` true, xyxy.
+        weights: ``(P,)`` of each pair; ``None`` weighs all by 1.
+        eps: IoUs below count as this, so that the loss of a pair without overlap is finite (its gradient is 0).
+    """
+    boxes = boxes.float()
+    side = (torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])).clamp(min=0)
+    inter = side.prod(1)  # (P,)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)  # (P,)
+    return _total(-(inter / (areas - inter).clamp(min=eps)).clamp(min=eps).log(), weights)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the summed 1 - GIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar."""
+    return _total(generalized_box_iou_loss(boxes, targets), weights)
+
+
+def diou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the summed 1 - DIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar."""
+    return _total(distance_box_iou_loss(boxes, targets), weights)
+
+
+def ciou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the summed 1 - CIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar."""
+    return _total(complete_box_iou_loss(boxes, targets), weights)
+
+
+class IoULoss(nn.Module):
+    """-log IoU, FCOS's first choice (2019, equation 2)."""
+
+    def forward(self, boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the weighted sum over pairs of boxes ``(P, 4)``; see ``iou_loss``."""
+        return iou_loss(boxes, targets, weights)
+
+
+class GIoULoss(nn.Module):
+    """1 - GIoU, which also pulls boxes together that do not overlap; FCOS's choice since 2020."""
+
+    def forward(self, boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the weighted sum over pairs of boxes ``(P, 4)``; see ``giou_loss``."""
+        return giou_loss(boxes, targets, weights)
+
+
+class DIoULoss(nn.Module):
+    """1 - IoU + the distance of the centres over the diagonal of both."""
+
+    def forward(self, boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the weighted sum over pairs of boxes ``(P, 4)``; see ``diou_loss``."""
+        return diou_loss(boxes, targets, weights)
+
+
+class CIoULoss(nn.Module):
+    """DIoU + a term for the aspect ratio."""
+
+    def forward(self, boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the weighted sum over pairs of boxes ``(P, 4)``; see ``ciou_loss``."""
+        return ciou_loss(boxes, targets, weights)
+
+
+def _total(loss: Tensor, weights: Tensor | None) -> Tensor:
+    return loss.sum() if weights is None else (loss * weights).sum()

@@ -1,0 +1,360 @@
+"""What RetinaNet, FCOS and their kin share: every cell of a pyramid predicts classes and a box, with no second stage.
+
+A dense detector is backbone x pyramid x head x references (anchors, or squares around points) x assigner x coder x
+losses x NMS, each a constructor argument; a paper's file wires what it names and adds its own loss terms. It has no
+paper of its own; the form of the head is that of Lin et al. 2017 (arXiv:1708.02002, figure 3). Differs from
+torchvision, to which the results are equal: the images of a batch are assigned, scored and decoded together.
+
+Letters: B images, N references of one image over all levels, A references per cell, K classes, G objects of all
+images, P positive references of all images, C candidates for detections.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
+
+from detseg.losses.focal import FocalLoss
+from detseg.losses.normalise import normaliser
+from detseg.nn.backbone import Backbone
+from detseg.nn.normalize import Normalize
+from detseg.ops.nms import Suppression
+from detseg.structures import Detections, Target
+from detseg.targets.anchors import grid_strides
+from detseg.targets.crowds import inside_crowd, learnable
+from detseg.targets.lattice import Lattice, References, build_lattice
+from detseg.targets.matchers import BETWEEN
+
+CROWD_OVERLAP = 0.7  # share of a reference inside a crowd region from which it teaches nothing, as in Detectron
+PRIOR = 0.01  # foreground probability of every class before training (Lin et al. 2017, section 4.1)
+
+
+class Assigner(Protocol):
+    """Anything that says which object each reference shall learn."""
+
+    def __call__(self, boxes: Tensor, image: Tensor, batch: int, lattice: Lattice) -> Tensor:
+        """Return ``(B, N)`` int64: a row of ``boxes`` (G, 4), -1 for background or -2 to ignore.
+
+        ``image`` (G,) is the image of each box, ascending; ``batch`` is B.
+        """
+        ...
+
+
+class Coder(Protocol):
+    """Turns boxes into what the head predicts about a reference, and back."""
+
+    def encode(self, boxes: Tensor, anchors: Tensor, /) -> Tensor:
+        """Return ``(N, 4)`` for boxes and references ``(N, 4)`` each."""
+        ...
+
+    def decode(self, deltas: Tensor, anchors: Tensor, /) -> Tensor:
+        """Return boxes ``(N, 4)``."""
+        ...
+
+
+class BoxLoss(Protocol):
+    """A loss of pairs ``(P, 4)``, summed over them with a weight each."""
+
+    def __call__(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return a scalar; ``weights`` is ``(P,)``."""
+        ...
+
+
+@dataclass
+class DenseOutputs:
+    """What the network says about every reference.
+
+    Attributes:
+        logits: ``(B, N, K)`` of the classes.
+        regression: ``(B, N, 4)``, in the coder's terms.
+        quality: ``(B, N)`` logits of how good a box is, such as FCOS's centreness, or ``None``.
+        lattice: the references.
+    """
+
+    logits: Tensor
+    regression: Tensor
+    quality: Tensor | None
+    lattice: Lattice
+
+
+@dataclass
+class Assignment:
+    """What the references of a batch shall learn.
+
+    Attributes:
+        matched: ``(B, N)`` int64: the object of each reference, -1 for background, -2 for ignored.
+        rows: ``(P,)`` the positive references, counted through the batch (image * N + reference).
+        boxes: ``(P, 4)`` the box that each of them learns.
+        labels: ``(B * N,)`` int64: the class of each reference, negative for background and ignored ones.
+        references: ``(P, 4)`` the positive references.
+        scale: ``(B,)`` the weight of each image's references: one over the number of positives.
+    """
+
+    matched: Tensor
+    rows: Tensor
+    boxes: Tensor
+    labels: Tensor
+    references: Tensor
+    scale: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The scale of each positive's image, ``(P,)``."""
+        return self.scale[self.rows // self.matched.shape[1]]
+
+
+class DenseDetector(nn.Module, ABC):
+    """The composition that dense detectors share.
+
+    Args:
+        num_classes: foreground classes.
+        backbone: gives pyramid levels of one width.
+        head: takes the levels, and gives logits ``(B, N, K)``, regression ``(B, N, 4)`` and quality ``(B, N)`` or
+            ``None``.
+        references: lays anchors, or squares around points, over the levels.
+        assigner: says which object each reference learns.
+        coder: of boxes.
+        classification_loss: of all references.
+        box_loss: of the positive ones.
+        nms: of the detections of one image.
+        per_image: divide the losses of an image by its own positives and average, as torchvision's RetinaNet does;
+            else divide by those of the batch (over all ranks).
+        score_threshold: detections must score higher, in [0, 1).
+        top_k: how many candidates per level go to NMS.
+        max_detections: how many detections per image stay.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        backbone: Backbone,
+        head: nn.Module,
+        references: References,
+        assigner: Assigner,
+        coder: Coder,
+        classification_loss: FocalLoss,
+        box_loss: BoxLoss,
+        nms: Suppression,
+        per_image: bool,
+        score_threshold: float,
+        top_k: int,
+        max_detections: int,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.normalize = Normalize(backbone.mean, backbone.std)
+        self.backbone = backbone
+        self.head = head
+        self.references = references
+        self.assigner = assigner
+        self.coder = coder
+        self.classification_loss = classification_loss
+        self.box_loss = box_loss
+        self.nms = nms
+        self.per_image = per_image
+        self.score_threshold = score_threshold
+        self.top_k = top_k
+        self.max_detections = max_detections
+
+    def forward(
+        self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None
+    ) -> DenseOutputs:
+        """Run the network on ``(B, 3, H, W)`` RGB in [0, 1]; ``targets`` are not read. See ``Detector.forward``."""
+        levels = self.backbone(self.normalize(images, sizes))  # L x (B, C, H / s, W / s)
+        feature_sizes = tuple((int(level.shape[2]), int(level.shape[3])) for level in levels)
+        strides = tuple(grid_strides((images.shape[2], images.shape[3]), feature_sizes))
+        lattice = build_lattice(self.references, feature_sizes, strides, images.device)
+        return DenseOutputs(*self.head(levels), lattice)
+
+    def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
+        """Return ``loss_classification`` and the terms of the paper's ``box_terms``, scalars; see ``Detector.loss``."""
+        assignment = self.assign(outputs, targets)
+        weights = assignment.scale[:, None].expand_as(assignment.matched)  # (B, N)
+        if bool((assignment.matched == BETWEEN).any()):
+            weights = weights.masked_fill(assignment.matched == BETWEEN, 0.0)
+        logits = outputs.logits.flatten(0, 1)  # (B * N, K)
+        terms = {"loss_classification": self.classification_loss(logits, assignment.labels, weights.flatten())}
+        return terms | self.box_terms(outputs, assignment)
+
+    @abstractmethod
+    def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
+        """Return the loss terms of the positive references by name."""
+
+    @torch.no_grad()
+    def assign(self, outputs: DenseOutputs, targets: list[Target]) -> Assignment:
+        """Say what every reference of a batch shall learn; crowd regions are ignored."""
+        lattice = outputs.lattice
+        taught = [learnable(target) for target in targets]
+        objects, image = flat_boxes(taught, lattice)  # (G, 4), (G,)
+        classes = torch.cat([target.labels for target in taught])  # (G,)
+        matched = self.assigner(objects, image, len(targets), lattice)  # (B, N)
+        for index, target in enumerate(targets):
+            inside = inside_crowd(lattice.boxes, target, CROWD_OVERLAP)  # (N,)
+            if inside is not None:
+                matched[index].masked_fill_(inside & (matched[index] < 0), BETWEEN)
+        rows = (matched.flatten() >= 0).nonzero()[:, 0]  # (P,)
+        box = matched.flatten()[rows]  # (P,)
+        labels = torch.full_like(matched.flatten(), -1)  # (B * N,)
+        labels[rows] = classes[box]
+        scale = self._scale(rows // lattice.total, len(targets))
+        return Assignment(matched, rows, objects[box], labels, lattice.boxes[rows % lattice.total], scale)
+
+    def _scale(self, image: Tensor, batch: int) -> Tensor:
+        count = torch.bincount(image, minlength=batch)  # (B,)
+        if self.per_image:
+            return 1.0 / (count.clamp(min=1) * batch)
+        return (1.0 / normaliser(count.sum())).expand(batch)
+
+    @torch.no_grad()
+    def predict(self, outputs: DenseOutputs, sizes: Tensor) -> list[Detections]:
+        """Return detections per image, best first, clipped to ``sizes`` (B, 2); see ``Detector.predict``."""
+        lattice = outputs.lattice
+        image, reference, label, score = self._candidates(outputs)  # (C,) each
+        regression = outputs.regression[image, reference].float()  # (C, 4)
+        boxes = self.coder.decode(regression, lattice.boxes[reference])  # (C, 4)
+        counts = torch.bincount(image, minlength=len(sizes)).tolist()
+        found = []
+        for size, *parts in zip(
+            sizes.tolist(), boxes.split(counts), score.split(counts), label.split(counts), strict=True
+        ):
+            clipped = clip_boxes_to_image(parts[0], (size[0], size[1]))  # (n, 4)
+            keep = self.nms(clipped, parts[1], parts[2])[: self.max_detections]
+            found.append(Detections(boxes=clipped[keep], scores=parts[1][keep], labels=parts[2][keep]))
+        return found
+
+    def scores(self, logits: Tensor, quality: Tensor | None) -> Tensor:
+        """Return the scores ``(C,)`` of candidates from their class and quality logits ``(C,)``."""
+        return logits.sigmoid() if quality is None else (logits.sigmoid() * quality.sigmoid()).sqrt()
+
+    def _candidates(self, outputs: DenseOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return image, reference, label and score of the ``top_k`` best above the threshold on every level.
+
+        The images stand in order. Only logits that can reach the threshold go through a sigmoid.
+        """
+        # sqrt(p * quality) > t needs p > t ** 2
+        bound = self.score_threshold if outputs.quality is None else self.score_threshold**2
+        lowest = math.log(bound / (1 - bound)) - 1e-3 if bound > 0 else -math.inf  # the exact test follows
+        image, reference, label = (outputs.logits > lowest).nonzero().unbind(1)  # (C,) each
+        quality = None if outputs.quality is None else outputs.quality[image, reference].float()  # (C,)
+        score = self.scores(outputs.logits[image, reference, label].float(), quality)  # (C,)
+        ends = torch.tensor(outputs.lattice.counts, device=score.device).cumsum(0)  # (L,)
+        group = image * len(ends) + torch.bucketize(reference, ends, right=True)  # (C,)
+        keep = best_per_group(score, group, self.top_k, threshold=self.score_threshold)
+        return image[keep], reference[keep], label[keep], score[keep]
+
+    def positives_per_level(self, assignment: Assignment, lattice: Lattice) -> dict[str, Tensor]:
+        """Return how many references of each level learn an object, by name (``positives_p3`` has stride 8)."""
+        counts = (assignment.matched >= 0).sum(0).split(lattice.counts)  # L x (N_l,)
+        names = [f"positives_p{round(math.log2(stride))}" for stride in self.backbone_strides]
+        return {name: count.sum().float() for name, count in zip(names, counts, strict=True)}
+
+    @property
+    def backbone_strides(self) -> list[int]:
+        """The pixels between cells, per level."""
+        strides: list[int] = self.backbone.strides  # type: ignore[assignment]  # nn.Module hides a Backbone's types
+        return strides
+
+
+def flat_boxes(targets: list[Target], lattice: Lattice) -> tuple[Tensor, Tensor]:
+    """Return the boxes of all images ``(G, 4)`` as float32 and the image of each ``(G,)`` int64."""
+    boxes = torch.cat([target.boxes for target in targets]).to(lattice.boxes)  # (G, 4)
+    counts = torch.tensor([len(target) for target in targets])  # (B,)
+    return boxes, torch.repeat_interleave(counts).to(boxes.device)
+
+
+def best_per_group(scores: Tensor, group: Tensor, count: int, *, threshold: float) -> Tensor:
+    """Return the indices of the ``count`` best scores above ``threshold`` in every group.
+
+    Args:
+        scores: ``(C,)``.
+        group: ``(C,)`` int64 >= 0.
+        count: how many may stay in a group.
+        threshold: scores must be higher.
+
+    Returns:
+        ``(M,)`` int64, group by group, best first.
+    """
+    kept = (scores > threshold).nonzero()[:, 0]  # (M,)
+    kept = kept[scores[kept].argsort(descending=True, stable=True)]
+    kept = kept[group[kept].argsort(stable=True)]
+    sizes = torch.bincount(group[kept])  # (groups,)
+    start = sizes.cumsum(0) - sizes  # (groups,)
+    rank = torch.arange(len(kept), device=scores.device) - start[group[kept]]  # (M,)
+    return kept[rank < count]
+
+
+def conv_tower(channels: int, depth: int, *, groups: int | None, nested: bool) -> nn.Sequential:
+    """Return the 3x3 convolutions before a prediction, each with group norm where ``groups`` is given, and a ReLU.
+
+    Args:
+        channels: in and out.
+        depth: how many convolutions.
+        groups: of the group norm, or ``None`` for none.
+        nested: each convolution with its norm and ReLU in a ``Sequential`` of its own, as the keys of torchvision's
+            RetinaNet have it (``conv.0.0.weight``), or all in one row, as its FCOS has it (``conv.0.weight``).
+
+    Raises:
+        ValueError: the channels cannot be parted into groups.
+    """
+    if groups is not None and channels % groups:
+        raise ValueError(f"conv_tower: {channels} channels cannot be parted into {groups} groups; change one of them")
+    blocks = []
+    for _ in range(depth):
+        # RetinaNet v2 drops the bias before a norm, FCOS keeps it: as their published weights have it.
+        block: list[nn.Module] = [nn.Conv2d(channels, channels, 3, padding=1, bias=groups is None or not nested)]
+        block += [] if groups is None else [nn.GroupNorm(groups, channels)]
+        blocks.append([*block, nn.ReLU(inplace=True)])
+    rows = [nn.Sequential(*block) for block in blocks] if nested else [part for block in blocks for part in block]
+    return nn.Sequential(*rows)
+
+
+def initialise_head(head: nn.Module, prediction: nn.Conv2d | None = None) -> None:
+    """Draw all convolutions from N(0, 0.01), and start the classes at a probability of 0.01 (Lin et al., section 4.1)."""
+    for layer in head.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    if prediction is not None and prediction.bias is not None:
+        nn.init.constant_(prediction.bias, -math.log((1 - PRIOR) / PRIOR))
+
+
+def flatten_level(level: Tensor, width: int) -> Tensor:
+    """Turn a prediction ``(B, A * width, H, W)`` into ``(B, H * W * A, width)``; no copy where channels come last."""
+    return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, width)  # (B, H * W * A, width)
+
+
+def one_width(backbone: Backbone) -> int:
+    """Return the width of all levels.
+
+    Raises:
+        ValueError: the levels differ in width, so no head can be shared by them.
+    """
+    if len(set(backbone.channels)) != 1:
+        raise ValueError(
+            f"the levels of the backbone have {backbone.channels} channels, but one head serves all; "
+            "give them one width with detseg.nn.BackboneWithFPN"
+        )
+    return backbone.channels[0]
+
+
+def check_levels(references: References, backbone: Backbone, counts: Sequence[int]) -> int:
+    """Return how many references a cell has.
+
+    Raises:
+        ValueError: there is not one count per level, or they differ.
+    """
+    if len(counts) != len(backbone.strides) or len(set(counts)) != 1:
+        raise ValueError(
+            f"{references} has {list(counts)} references per cell on its levels; the backbone has levels of strides "
+            f"{backbone.strides}: give one list of sizes per level, all of one length"
+        )
+    return counts[0]
