@@ -33,7 +33,7 @@ EMPTY_SHARE = 0.05
 """Share of images without any fruit."""
 
 _COUNTS = (0.14, 0.18, 0.18, 0.16, 0.13, 0.10, 0.07, 0.04)  # of 1..8 fruit, given that there is any
-_SMALLEST, _LARGEST = 0.045, 0.225  # radius of a fruit's body: 11 to 58 px across at 128 px
+_SMALLEST, _LARGEST = 0.048, 0.22  # radius of a fruit's body: 12 to 56 px across at 128 px
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def draw_scene(*, seed: int, split: int, index: int, size: tuple[int, int]) -> S
     canvas, skyline = _background(rng, horizon, size)
     for _ in range(int(rng.integers(4, 10))):
         _decorate(rng, canvas, horizon)
-    segments, labels = _paint_fruits(fruits, canvas, skyline, light)
+    segments, labels = paint_fruits(fruits, canvas, skyline, light)
     semantic = np.concatenate([np.array([1], np.uint8), (labels + 2).astype(np.uint8)])[segments]
     semantic[(segments == 0) & (skyline > 0.5)] = 0
     return Scene(image=_expose(rng, canvas), segments=segments, semantic=semantic, labels=labels)
@@ -83,7 +83,8 @@ def plan_fruits(rng: np.random.Generator, horizon: float) -> list[Fruit]:
     fruits: list[Fruit] = []
     for _ in range(count):
         for _ in range(8):  # look for a place where little is hidden; a crowded scene goes without
-            radius = _SMALLEST + (_LARGEST - _SMALLEST) * rng.random() * rng.random()
+            share = rng.random()
+            radius = _SMALLEST + (_LARGEST - _SMALLEST) * share * share  # small fruit is the more common
             x = uniform(rng, 0.04, 0.96)
             y = uniform(rng, max(horizon - 0.2 * radius, radius), 0.97)
             if all(_clear(x - other.x, y - other.y, radius, other.radius) for other in fruits):
@@ -104,7 +105,7 @@ def _light_direction(rng: np.random.Generator) -> tuple[float, float, float]:
     return x / norm, y / norm, z / norm
 
 
-def _paint_fruits(
+def paint_fruits(
     fruits: list[Fruit], canvas: Floats, skyline: Floats, light: tuple[float, float, float]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Lay the fruit on the canvas, in place; returns segments and labels of what can be seen.
