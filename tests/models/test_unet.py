@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from detseg.losses import SegmentationLoss
+from detseg.models import BackboneUNet, UNet
+from detseg.models.unet import mirror
+from detseg.nn import TinyBackbone
+from detseg.structures import SemanticMap, Target
+
+
+def target(labels: torch.Tensor, **fields) -> Target:
+    return Target(
+        boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), semantic=SemanticMap(labels), **fields
+    )
+
+
+def test_the_papers_network_has_the_papers_sizes():
+    with torch.device("meta"):
+        model = UNet(num_classes=2)
+        assert model.network(torch.zeros(1, 3, 572, 572)).shape == (1, 2, 388, 388)  # figure 1
+    assert [block[0].out_channels for block in model.down] == [64, 128, 256, 512, 1024]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    assert len(convolutions) == 23  # section 2: "In total the network has 23 convolutional layers"
+    assert sum(value.numel() for value in model.parameters()) == 31_030_658 + 2 * 9 * 64  # RGB, not grey
+
+
+def test_valid_convolutions_see_a_mirrored_margin_of_92_pixels():
+    model = UNet(num_classes=2, width=2)
+    assert model.context(388) == (92, 92)
+    for length in (1, 17, 128, 129):
+        before, after = model.context(length)
+        padded = torch.zeros(1, 3, length + before + after, 188)
+        given = model.network(padded).shape[2]
+        assert before == 92
+        assert length <= given < length + 16
+
+
+def test_overlapping_tiles_give_the_same_logits_as_the_whole_image():
+    model = UNet(num_classes=3, width=2).eval()
+    images = torch.rand(1, 3, 48, 40)
+    with torch.no_grad():
+        whole = model(images)
+        continued = mirror(model.normalize(images), (92, 92), (92, 92 + 8))
+        tile = model.network(continued[:, :, 16 : 16 + 204, :204])  # 16 rows down, a multiple of 2 ** 4
+    assert tile.shape[2:] == (20, 20)
+    assert_close(whole[:, :, 16:36, :20], tile)
+
+
+def test_mirror_of_a_row():
+    row = torch.arange(4.0).view(1, 1, 1, 4)
+    assert mirror(row, (0, 0), (2, 1)).flatten().tolist() == [2, 1, 0, 1, 2, 3, 2]
+    assert mirror(row, (0, 0), (0, 8)).flatten().tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1]
+    assert mirror(row, (1, 2), (0, 0)).shape == (1, 1, 4, 4)
+    images = torch.rand(1, 2, 5, 7)
+    assert_close(mirror(images, (4, 3), (2, 6)), F.pad(images, (2, 6, 4, 3), mode="reflect"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": True}, {"padding": True, "norm": True}, {"padding": False, "depth": 2}]
+)
+@pytest.mark.parametrize("size", [(64, 64), (33, 50), (5, 1)])
+def test_logits_have_the_size_of_the_input(options, size):
+    assert UNet(num_classes=3, width=2, **options)(torch.rand(2, 3, *size)).shape == (2, 3, *size)
+
+
+def test_padded_convolutions_keep_their_size_and_odd_levels_are_an_error():
+    model = UNet(num_classes=2, width=2, padding=True)
+    assert model.network(torch.rand(1, 3, 32, 48)).shape == (1, 2, 32, 48)
+    with pytest.raises(ValueError, match=r"level 1 is \(17, 16\), which 2x2 pooling cannot halve"):
+        model.network(torch.rand(1, 3, 34, 32))
+
+
+def test_initial_deviation_is_the_papers():
+    model = UNet(num_classes=2, width=32, depth=1)
+    wide = model.down[1][2]  # 3x3, 64 channels in: N = 576
+    assert_close(wide.weight.std(), torch.tensor((2 / 576) ** 0.5), rtol=0.03, atol=0)
+    up = model.up[0].upsample  # each output pixel of a 2x2 up-convolution sees one pixel of 64 channels
+    assert_close(up.weight.std(), torch.tensor((2 / 64) ** 0.5), rtol=0.05, atol=0)
+    assert wide.bias.abs().max() == 0
+
+
+def test_dropout_is_at_the_end_of_the_contracting_path():
+    model = UNet(num_classes=2, width=2, depth=2, padding=True, dropout=0.5)
+    calls = []
+    model.dropout.register_forward_hook(lambda module, given, result: calls.append(tuple(result.shape[1:])))
+    model(torch.rand(1, 3, 16, 16))
+    assert calls == [(4, 8, 8), (8, 4, 4)]
+
+
+def test_backbone_unet_uses_every_map_at_its_stride():
+    model = BackboneUNet(
+        num_classes=4, backbone=TinyBackbone(widths=(8, 12, 16), stem=4, with_stem=True), widths=(16, 8, 8)
+    )
+    assert [block[0].in_channels for block in model.up] == [16 + 12, 16 + 8, 8 + 4]
+    assert model(torch.rand(2, 3, 40, 70)).shape == (2, 4, 40, 70)
+    sum(
+        model.loss(model(torch.rand(2, 3, 32, 32)), [target(torch.zeros(32, 32, dtype=torch.int64))] * 2).values()
+    ).backward()
+    assert all(value.grad is not None for value in model.parameters())
+    with pytest.raises(ValueError, match=r"got strides \[2, 4, 8, 16\] and 2 widths"):
+        BackboneUNet(num_classes=4, backbone=TinyBackbone(widths=(8, 12, 16), with_stem=True), widths=(16, 8))
+
+
+def test_loss_stacks_maps_of_different_sizes_and_ignores_the_rest():
+    model = UNet(num_classes=3, width=2, depth=1, padding=True, loss=SegmentationLoss(dice=1.0))
+    logits = torch.randn(2, 3, 6, 8)
+    labels = [torch.randint(0, 3, (6, 8)), torch.randint(0, 3, (4, 5))]
+    terms = model.loss(logits, [target(value) for value in labels])
+    pixels = torch.cat([logits[0].flatten(1), logits[1, :, :4, :5].flatten(1)], dim=1)
+    expected = F.cross_entropy(pixels[None], torch.cat([value.flatten() for value in labels])[None])
+    assert_close(terms["loss_cross_entropy"], expected)
+    assert list(terms) == ["loss_cross_entropy", "loss_dice"]
+
+
+def test_a_maps_own_ignore_index_is_respected():
+    model = UNet(num_classes=2, width=2, depth=1, padding=True)
+    labels = torch.tensor([[0, 1], [7, 7]])
+    own = Target(
+        boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), semantic=SemanticMap(labels, ignore_index=7)
+    )
+    logits = torch.randn(1, 2, 2, 2)
+    expected = F.cross_entropy(logits[:, :, 0], labels[None, 0])
+    assert_close(model.loss(logits, [own])["loss_cross_entropy"], expected)
+
+
+def test_predictions_are_the_likeliest_class_cropped_to_the_valid_size():
+    model = UNet(num_classes=3, width=2, depth=1, padding=True)
+    logits = torch.randn(2, 3, 6, 8)
+    first, second = model.predict(logits, torch.tensor([[6, 8], [4, 5]]))
+    assert torch.equal(first.labels, logits[0].argmax(dim=0))
+    assert torch.equal(second.labels, logits[1, :, :4, :5].argmax(dim=0))
+
+
+def test_touching_objects_weigh_more_when_asked():
+    masks = torch.zeros(2, 4, 8, dtype=torch.bool)
+    masks[0, :, :3], masks[1, :, 4:] = True, True
+    labels = masks.any(dim=0).long()
+    boxes = torch.tensor([[0.0, 0, 3, 4], [4, 0, 8, 4]])
+    cells = Target(boxes=boxes, labels=torch.tensor([0, 0]), masks=masks, semantic=SemanticMap(labels), image_id=7)
+    logits = torch.zeros(1, 2, 4, 8)
+    logits[:, 1] = 2.0  # the border between the cells is missed
+    plain, separated = (
+        UNet(num_classes=2, width=2, depth=1, separation=value).loss(logits, [cells])["loss_cross_entropy"]
+        for value in (0.0, 10.0)
+    )
+    assert separated > 1.5 * plain
+    without = Target(boxes=boxes, labels=torch.tensor([0, 0]), semantic=SemanticMap(labels), image_id=7)
+    with pytest.raises(ValueError, match=r"image 7 has no instance masks, which separation=10.0 needs"):
+        UNet(num_classes=2, width=2, depth=1, separation=10.0).loss(logits, [without])
+
+
+def test_errors_name_the_image_and_the_numbers():
+    model = UNet(num_classes=3, width=2, depth=1, padding=True)
+    logits = torch.randn(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="image 5 has label 3, but the model has 3 classes"):
+        model.loss(logits, [target(torch.full((4, 4), 3), image_id=5)])
+    with pytest.raises(ValueError, match=r"image 5: its map is \(5, 4\), but the logits are \(4, 4\)"):
+        model.loss(logits, [target(torch.zeros(5, 4, dtype=torch.int64), image_id=5)])
+    with pytest.raises(ValueError, match="image 9 has no semantic map; set truth=semantic"):
+        model.loss(logits, [Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=9)])
+    with pytest.raises(ValueError, match="at least 2 classes, got 1; count the background"):
+        UNet(num_classes=1)
