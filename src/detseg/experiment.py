@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> Outcome:
         monitor=run.task.monitor.partition("/")[2],
         class_names=run.task.class_names,
         checkpoint=best,
-        files=[path for path in (directory / "images", directory / "metrics.json") if path.exists()],
+        files=[path for path in (directory / "pictures", directory / "metrics.json") if path.exists()],
     )
 
 

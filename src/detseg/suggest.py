@@ -30,7 +30,8 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
         for name in names
     }
     best = sorted((name for name in names if scores[name] >= 0.6), key=lambda name: -scores[name])
-    return best[:count]
+    close = scores[best[0]] - 0.15 if best else 0.0  # what is much less alike than the best would only distract
+    return [name for name in best if scores[name] >= close][:count]
 
 
 def explain(

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from detseg.experiment import Outcome
+from detseg.metrics import table_rows
 
 
 def show(outcome: Outcome, console: Console | None = None) -> None:
@@ -35,9 +36,8 @@ def figure_table(outcome: Outcome) -> Table:
     table = Table(title="figures", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, value in outcome.figures.items():
-        if "/" not in name:
-            table.add_row(f"[bold]{name}[/bold]" if name == outcome.monitor else name, number(value))
+    for name, value in table_rows({name: value for name, value in outcome.figures.items() if "/" not in name}):
+        table.add_row(f"[bold]{name}[/bold]" if name == outcome.monitor else name, value)
     return table
 
 

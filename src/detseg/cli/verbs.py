@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,6 +20,10 @@ from detseg.config import CONFIG_MODULE, ConfigError, config_error, load_config,
 
 DEBUG = "DETSEG_DEBUG"
 """Environment variable; set, an error shows where it arose."""
+
+
+MENDABLE = (ConfigError, ValueError, FloatingPointError, ImportError, OSError)
+"""Errors that a user can mend: one line instead of a traceback."""
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
@@ -30,11 +37,11 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     try:
         verbs[verb](arguments)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(config_error(error, [text for text in arguments if "=" in text], name=verb), code=2)
-    except (ConfigError, FileNotFoundError) as error:
-        return _fail(error, code=2)
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        return _fail(error, code=1)
+        return _fail(config_error(error, [text for text in arguments if "=" in text], name=verb))
+    except MENDABLE as error:
+        return _fail(error)
+    except SystemExit as end:  # from Hydra's own flags, or from a run that said its error already
+        return end.code if isinstance(end.code, int) else 0
     return 0
 
 
@@ -51,7 +58,12 @@ def train_one(cfg: DictConfig) -> float | None:
     from detseg.experiment import train
 
     _quiet()
-    outcome = train(cfg)
+    try:
+        outcome = train(cfg)
+    except MENDABLE as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper goes on, and raises at the end
+            raise
+        raise SystemExit(_fail(error)) from error  # Hydra would print lines of its own
     show(outcome)
     return outcome.figures.get(outcome.monitor)
 
@@ -98,14 +110,21 @@ def _verb_help(verb: str) -> str:
 
 def _quiet() -> None:
     """Keep Lightning's tips and device lines out of a run's output; warnings stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    import lightning.pytorch  # it sets its loggers' levels when it is imported
+
+    assert lightning.pytorch
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 asks torch 2.14 in the old way; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
 
 
-def _fail(error: Exception, *, code: int) -> int:
+def _fail(error: Exception) -> int:
+    """Print an error in one line and return the exit code: 2 where what was asked for does not exist, else 1."""
     if os.environ.get(DEBUG):
         raise error
     print(f"detseg: {error}", file=sys.stderr)
-    if code == 1:
-        print(f"({type(error).__name__}; {DEBUG}=1 shows where it arose)", file=sys.stderr)
-    return code
+    if isinstance(error, ConfigError | FileNotFoundError):
+        return 2
+    print(f"({type(error).__name__}; {DEBUG}=1 shows where it arose)", file=sys.stderr)
+    return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
@@ -18,6 +19,9 @@ from torchmetrics import Metric
 from detseg.structures import Batch, Detections, SemanticMap, Target
 
 Prediction = Detections | SemanticMap
+
+COUNT = re.compile(r"(^|_)count(_|$)")
+"""Names of counts of objects or pixels: kept in ``results``, where they explain an n/a, but not logged."""
 
 
 class MakeScheduler(Protocol):
@@ -75,7 +79,7 @@ class Task(L.LightningModule):
         self.monitor, self.mode = monitor, mode
         self.backbone_lr_scale, self.decay_one_dimensional = backbone_lr_scale, decay_one_dimensional
         self.results: dict[str, dict[str, float]] = {}
-        """Stage ("val", "test") -> every figure of its last epoch by name without stage; NaN is n/a."""
+        """Stage ("val", "test") -> every figure and count of its last epoch by name without stage; NaN is n/a."""
         self.meters = nn.ModuleDict(
             {f"{stage}_meters": nn.ModuleDict(self.configure_metrics()) for stage in ("val", "test")}
         )
@@ -188,7 +192,11 @@ class Task(L.LightningModule):
             if name.startswith(f"{stage}/") and name.removeprefix(f"{stage}/") not in figures
         }
         self.results[stage] = {**figures, **losses}
-        logged = {f"{stage}/{name}": value for name, value in figures.items() if not math.isnan(value)}
+        logged = {
+            f"{stage}/{name}": value
+            for name, value in figures.items()
+            if not math.isnan(value) and not COUNT.search(name)
+        }
         if self.monitor.startswith(f"{stage}/"):  # n/a here too: a missing key would stop the checkpoint callback
             logged.setdefault(self.monitor, figures.get(self.monitor.removeprefix(f"{stage}/"), math.nan))
         self.log_dict(logged, on_step=False, on_epoch=True)

@@ -1,0 +1,91 @@
+"""What each family logs that the others do not."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from detseg import tasks
+from detseg.structures import Detections, SemanticMap, Target
+from fake_models import FakeDetector, FakeSegmenter, FakeTwoStage, batch, boxes, loader, trainer
+
+NAMES = ["apple", "pear"]
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def square(*corner_and_side: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return boxes and full masks (N, 16, 16) of squares given as x, y, side."""
+    masks = torch.zeros(len(corner_and_side), 16, 16, dtype=torch.bool)
+    for row, (x, y, side) in enumerate(corner_and_side):
+        masks[row, y : y + side, x : x + side] = True
+    return boxes(*((x, y, x + side, y + side) for x, y, side in corner_and_side)), masks
+
+
+def answer(*squares: tuple[int, int, int], masks: bool = False) -> Detections:
+    corners, filled = square(*squares)
+    count = len(squares)
+    return Detections(
+        corners, torch.linspace(0.9, 0.5, count), torch.zeros(count, dtype=torch.int64), filled if masks else None
+    )
+
+
+def truth(*squares: tuple[int, int, int], masks: bool = False) -> Target:
+    corners, filled = square(*squares)
+    labels = torch.zeros(len(squares), dtype=torch.int64)
+    return Target(corners, labels, filled if masks else None, image_id=1, size=(16, 16))
+
+
+def validate(task: tasks.Task, target: Target, tmp_path: Path) -> dict[str, Any]:
+    return dict(trainer(tmp_path).validate(task, loader(batch([target])), verbose=False)[0])
+
+
+def make(kind: type[tasks.Task], model: nn.Module, names: list[str] = NAMES) -> tasks.Task:
+    return kind(model=model, optimizer=SGD, class_names=names, monitor="val/loss", mode="min")
+
+
+def test_one_stage_and_anchor_free_are_one_class_with_the_models_diagnostics(tmp_path: Path):
+    assert tasks.OneStageDetection is tasks.AnchorFreeDetection is tasks.Detection
+    logged = validate(make(tasks.OneStageDetection, FakeDetector()), truth((0, 0, 8), (8, 8, 8)), tmp_path)
+    assert logged["val/positives_p3"] == 2 and not [name for name in logged if "proposal" in name]
+
+
+def test_two_stage_logs_what_the_proposals_cover(tmp_path: Path):
+    model = FakeTwoStage(answer=answer((0, 0, 8)))
+    logged = validate(make(tasks.TwoStageDetection, model), truth((0, 0, 8), (8, 8, 8)), tmp_path)
+    assert [logged[f"val/proposal_ar_{limit}"] for limit in (100, 300, 1000)] == [0.5] * 3
+
+
+def test_two_stage_needs_proposals():
+    with pytest.raises(TypeError, match="FakeDetector has no proposals"):
+        make(tasks.TwoStageDetection, FakeDetector())
+
+
+@pytest.mark.parametrize("kind", [FakeDetector, FakeTwoStage])
+def test_instance_logs_masks_beside_boxes(kind: type[FakeDetector], tmp_path: Path):
+    """The box is exact, its mask covers half: IoU 0.5 counts at one of ten thresholds."""
+    found = answer((0, 0, 8), masks=True)
+    assert found.masks is not None
+    found.masks[0, 4:] = False
+    task = make(tasks.InstanceSegmentation, kind(answer=found))
+    logged = validate(task, truth((0, 0, 8), masks=True), tmp_path)
+    assert logged["val/map"] == 1 and logged["val/mask_map_50"] == 1
+    assert logged["val/mask_map"] == pytest.approx(0.1) and logged["val/mask_map/apple"] == pytest.approx(0.1)
+    assert logged["val/mask_quality"] == pytest.approx(0.5)
+    assert ("val/proposal_ar_100" in logged) == (kind is FakeTwoStage)
+
+
+def test_semantic_logs_iou_per_class(tmp_path: Path):
+    """All pixels are called pear; three quarters are, one quarter is apple, and there is no plum."""
+    labels = torch.ones(16, 16, dtype=torch.int64)
+    labels[:8, :8] = 0
+    target = Target(boxes(), torch.zeros(0, dtype=torch.int64), semantic=SemanticMap(labels), image_id=1, size=(16, 16))
+    task = make(tasks.SemanticSegmentation, FakeSegmenter(), ["apple", "pear", "plum"])
+    logged = validate(task, target, tmp_path)
+    assert logged["val/iou/pear"] == pytest.approx(0.75) and logged["val/iou/apple"] == 0
+    assert "val/iou/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
+    assert logged["val/pixel_accuracy"] == pytest.approx(0.75)
