@@ -6,11 +6,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_task import TinyTask, fit
 from torch.testing import assert_close
 
 from detseg.callbacks import EMA
 from detseg.callbacks.ema import ema_decay
+from tiny_task import TinyTask, fit
 
 
 class Recorder(L.Callback):

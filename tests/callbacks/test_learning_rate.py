@@ -3,9 +3,9 @@ from __future__ import annotations
 import csv
 
 from lightning.pytorch.loggers import CSVLogger
-from tiny_task import TinyTask, fit
 
 from detseg.callbacks import LearningRate
+from tiny_task import TinyTask, fit
 
 
 def test_logs_every_step(tmp_path):

@@ -10,10 +10,10 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tiny_task import TinyTask, fit
 
 from detseg.callbacks import wandb_logger
 from detseg.callbacks.loggers import has_wandb_login
+from tiny_task import TinyTask, fit
 
 
 def loggers(choice: str, directory: Path) -> list:

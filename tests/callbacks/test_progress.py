@@ -4,10 +4,10 @@ import re
 
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from tiny_task import TinyTask, fit
 
 from detseg.callbacks import LineProgress, progress_bar
 from detseg.callbacks.progress import format_figures
+from tiny_task import TinyTask, fit
 
 
 def test_a_line_per_epoch_with_the_figures_after_validation(tmp_path, capsys):

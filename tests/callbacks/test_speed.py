@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
-from tiny_task import TinyTask, fit
 
 from detseg.callbacks import SpeedMonitor
+from tiny_task import TinyTask, fit
 
 
 class Slow(TinyTask):

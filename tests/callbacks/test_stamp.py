@@ -6,10 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
-from tiny_task import TinyTask, fit
 
 from detseg.callbacks import EMA, CheckpointStamp
 from detseg.stamp import git_commit, make_stamp, plain, versions
+from tiny_task import TinyTask, fit
 
 CONFIG = {
     "truth": "boxes",
