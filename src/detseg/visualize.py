@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from detseg.lettering import Picture, font_for, legend_strip, title_bar, write_captions
@@ -219,22 +219,26 @@ def to_picture(image: str | Path | Tensor | Picture) -> Picture:
 
     Raises:
         ValueError: another shape or dtype.
+        DataError: a file that is missing, truncated or no image.
     """
+    pixels: Tensor | Picture
     if isinstance(image, str | Path):
-        with Image.open(image) as opened:
-            picture: Picture = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-            return picture
-    if isinstance(image, Tensor):
-        tensor = image.detach().cpu()
+        from detseg.data.image import read_image  # the one reader: upright, 16-bit and CMYK as the models see them
+
+        pixels = read_image(image)
+    else:
+        pixels = image
+    if isinstance(pixels, Tensor):
+        tensor = pixels.detach().cpu()
         if tensor.is_floating_point():
             tensor = (tensor.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         array = np.moveaxis(tensor.numpy(), 0, -1) if tensor.ndim == 3 and tensor.shape[0] == 3 else tensor.numpy()
     else:
-        array = np.asarray(image)
+        array = np.asarray(pixels)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(
             f"an image is a (3, H, W) tensor, uint8 or float, or an (H, W, 3) uint8 array; "
-            f"got {tuple(image.shape)} {image.dtype}"
+            f"got {tuple(pixels.shape)} {pixels.dtype}"
         )
     return np.array(array, order="C")
 
