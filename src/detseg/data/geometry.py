@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 
-class LabelMask(tv_tensors.Mask):
+class LabelMask(tv_tensors.Mask):  # type: ignore[misc]  # torchvision has no types
     """A map of class labels: pixels outside the image become ``UNLABELLED``, where other masks get 0."""
 
 
@@ -39,7 +39,7 @@ class Window(NamedTuple):
     canvas: tuple[int, int]
 
 
-class ResizeAndCrop(v2.Transform):
+class ResizeAndCrop(v2.Transform):  # type: ignore[misc]  # torchvision has no types
     """Resize, scale at random and cut or fill to a canvas, touching only source pixels that end up on it.
 
     Large scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste is a Strong Data Augmentation Method", section 3) is
@@ -105,7 +105,7 @@ class ResizeAndCrop(v2.Transform):
             else:
                 canvas = min(resized, max(1, round(fitted[axis])))
             axes.append(_place(length, resized, canvas))
-        return {"window": Window(*zip(*axes, strict=True))}  # type: ignore[arg-type]  # five pairs out of two rows of five
+        return {"window": Window(*zip(*axes, strict=True))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Apply the window to one image, set of boxes, or mask (called by v2)."""
@@ -118,7 +118,7 @@ class ResizeAndCrop(v2.Transform):
                 format="XYXY",
                 canvas_size=window.canvas,
                 clamping_mode=None,
-            )  # type: ignore[call-overload]  # torchvision's overloads miss the string format
+            )
         if isinstance(inpt, tv_tensors.Mask):
             fill = UNLABELLED if isinstance(inpt, LabelMask) else 0
             return tv_tensors.wrap(window_mask(inpt.as_subclass(Tensor), window, fill), like=inpt)
@@ -159,7 +159,7 @@ def window_mask(mask: Tensor, window: Window, fill: int = 0) -> Tensor:
     return canvas
 
 
-class HueShift(v2.Transform):
+class HueShift(v2.Transform):  # type: ignore[misc]  # torchvision has no types
     """Turn the hue by up to ``amount`` of the full circle; 20 times as fast as ``v2.ColorJitter(hue=...)``.
 
     The circle has 256 steps (OpenCV's 8-bit HSV), so small colour differences are rounded.

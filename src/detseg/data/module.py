@@ -203,6 +203,7 @@ class DetectionData(L.LightningDataModule):
     def _loader(
         self, split: TransformedSplit, sampler: Sampler[Any], batch_size: int, *, drop_last: bool
     ) -> DataLoader[Sample]:
+        split.samples.prepare()
         pack = partial(collate, size_divisor=self.size_divisor)
         return DataLoader(
             split,

@@ -46,6 +46,9 @@ class SampleDataset(Dataset[Sample], ABC):
     def __getitem__(self, index: int) -> Sample:
         """Return image ``index`` as it is in the files: own pixels, no augmentation, ``truth`` left ``None``."""
 
+    def prepare(self) -> None:
+        """Do what pays before workers start, such as decoding images once; called in the main process."""
+
 
 def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
     """Pad images at the right and the bottom to one size and stack them.

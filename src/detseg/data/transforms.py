@@ -142,7 +142,7 @@ class SemanticEval(DetectionEval):
 def _parts(image: Tensor, target: Target) -> dict[str, Any]:
     """Wrap what geometry changes in tv_tensors, so that each v2 transform treats it as what it is."""
     height, width = image.shape[-2:]
-    boxes = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=(height, width), clamping_mode=None)  # type: ignore[call-overload]  # torchvision's overloads miss the string format
+    boxes = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=(height, width), clamping_mode=None)
     parts: dict[str, Any] = {"image": tv_tensors.Image(image), "boxes": boxes}
     if target.masks is not None:
         parts["masks"] = tv_tensors.Mask(target.masks)

@@ -1,0 +1,248 @@
+"""What the readers of files share: splits by name, the checked store, images kept in memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from detseg.data import cache
+from detseg.data.builder import StoreBuilder
+from detseg.data.check import DataError, Report
+from detseg.data.image import image_size, read_image, read_map
+from detseg.data.module import DetectionData
+from detseg.data.sample import Sample, SampleDataset
+from detseg.data.store import AnnotationStore
+from detseg.structures import SemanticMap, Target
+
+Pattern = str | Mapping[str, str]
+"""A path below the root in which ``{split}`` stands for the split's name, or one such path for each split."""
+
+
+class StoreDataset(SampleDataset):
+    """Samples of a store.
+
+    Args:
+        store: checked annotations.
+        report: what the check found.
+        root: folder that the store's files are relative to.
+        truth: ``boxes``, ``instances`` or ``semantic``; the last takes the store's maps, or paints the objects on
+            class 0, background, where it has none.
+        keep_empty: whether images without objects are among the samples.
+        cache_images: decode every image once, before workers start, and keep height x width x 3 bytes of each.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: AnnotationStore,
+        report: Report,
+        root: Path,
+        truth: str = "boxes",
+        keep_empty: bool = True,
+        cache_images: bool = False,
+    ) -> None:
+        self.store, self.report, self.root, self.truth, self.cache_images = store, report, root, truth, cache_images
+        self.class_names = [store.class_names[label] for label in range(len(store.class_names))]
+        self.category_ids = store.category_ids.tolist()
+        self._painted = truth == "semantic" and len(store.maps) == 0
+        if self._painted:
+            self.class_names = ["background", *self.class_names]
+            self.category_ids = [-1 if 0 in self.category_ids else 0, *self.category_ids]
+        filled = (
+            np.diff(store.offsets) > 0 if not (keep_empty or len(store.maps)) else np.ones(len(store), dtype=np.bool_)
+        )
+        self._rows = np.flatnonzero(filled)
+        self._pixels: NDArray[np.uint8] | None = None
+        self._starts = np.concatenate([[0], np.cumsum(store.sizes.prod(axis=1) * 3)])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self._rows[index])
+        target = self.store.target(row, masks=self.truth == "instances")
+        if self.truth == "semantic":
+            target.semantic = self._semantic(row)
+        return Sample(self._image(row, target), target)
+
+    def prepare(self) -> None:
+        """Decode all images into one buffer, if ``cache_images``; forked workers share it."""
+        if not self.cache_images or self._pixels is not None:
+            return
+        pixels = np.empty(int(self._starts[-1]), dtype=np.uint8)
+        for row in self._rows:
+            image = self._read(int(row), *self.store.size(int(row)))
+            pixels[self._starts[row] : self._starts[row + 1]] = image.permute(1, 2, 0).numpy().reshape(-1)
+        self._pixels = pixels
+
+    def _image(self, row: int, target: Target) -> Tensor:
+        height, width = target.size
+        if self._pixels is None:
+            return self._read(row, height, width)
+        pixels = self._pixels[self._starts[row] : self._starts[row + 1]]
+        return torch.from_numpy(pixels.reshape(height, width, 3)).permute(2, 0, 1)  # a view: nobody may write into it
+
+    def _read(self, row: int, height: int, width: int) -> Tensor:
+        path = self.root / self.store.files[row]
+        image: Tensor = read_image(path).as_subclass(Tensor)  # (3, H, W)
+        if image.shape[1:] != (height, width):
+            raise DataError(
+                f"{path}: {image.shape[1]} x {image.shape[2]} pixels (height x width), but it had {height} x {width} "
+                "when it was checked; start the run again to check it anew"
+            )
+        return image
+
+    def _semantic(self, row: int) -> SemanticMap:
+        if self._painted:
+            return self.store.paint(row)
+        values = read_map(self.root / self.store.maps[row])  # (H, W)
+        return SemanticMap(torch.from_numpy(self.store.map_labels[values].astype(np.int64)))
+
+
+class FileData(DetectionData):
+    """Base of the data modules that read files: checks a split once and keeps the result.
+
+    Args:
+        root: folder that all paths are relative to.
+        train: name of the training split as the paths have it; ``None`` where there is none.
+        val: name of the validation split.
+        test: name of the test split.
+        drop_empty: leave images without objects out of training; evaluation always keeps them.
+        cache_images: decode every image once and keep the pixels in memory.
+        truth: see :class:`~detseg.data.module.DetectionData`, as for all that follow.
+        num_classes: checked against the files.
+        class_names: classes to keep, in the order of the labels; objects of others are left out and reported.
+        train_transform: recipe for training samples.
+        eval_transform: recipe for evaluation samples.
+        batch_size: images per training step.
+        eval_batch_size: images per evaluation step.
+        num_workers: loading processes.
+        size_divisor: batches are padded to multiples of this many pixels.
+        seed: of order and augmentation.
+        drop_last: leave out a smaller last batch in training.
+        pin_memory: page-locked batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        train: str | None,
+        val: str | None,
+        test: str | None,
+        drop_empty: bool,
+        cache_images: bool,
+        truth: str,
+        num_classes: int | None,
+        class_names: Sequence[str] | None,
+        train_transform: Callable[..., Any] | None,
+        eval_transform: Callable[..., Any] | None,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        size_divisor: int,
+        seed: int,
+        drop_last: bool,
+        pin_memory: bool | None,
+    ) -> None:
+        super().__init__(
+            truth=truth,
+            num_classes=num_classes,
+            class_names=class_names,
+            train_transform=train_transform,
+            eval_transform=eval_transform,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            size_divisor=size_divisor,
+            seed=seed,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
+        )
+        self.root, self.drop_empty, self.cache_images = Path(root).expanduser(), drop_empty, cache_images
+        names = {"train": train, "val": val, "test": test}
+        self.split_names = {split: name for split, name in names.items() if name is not None}
+        self.splits = tuple(self.split_names)
+        if not self.splits:
+            raise ValueError(f"{type(self).__name__}: train, val and test are all None; name at least one split")
+
+    @abstractmethod
+    def inputs(self, split: str) -> tuple[Iterable[Path], Iterable[Path]]:
+        """Return the annotation files of ``split`` and the folders of its images: what a cached check depends on."""
+
+    @abstractmethod
+    def scan(self, split: str) -> StoreBuilder:
+        """Read every annotation of ``split``."""
+
+    def options(self) -> str:
+        """Return the settings that change what :meth:`scan` finds, as text; subclasses add theirs."""
+        return f"{type(self).__module__}.{type(self).__name__} {self.root} {self.truth} {self.wanted_names}"
+
+    def read(self, split: str) -> StoreDataset:
+        """Return the checked samples of ``split``, from the cache if nothing has changed since the last check."""
+        if not self.root.is_dir():
+            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; set data.root")
+        contents, folders = self.inputs(split)
+        key = cache.fingerprint(options=f"{self.options()} {split}", contents=contents, folders=folders)
+        kept = cache.load(key)
+        if kept is None:
+            builder = self.scan(split)
+            kept = builder.build(allow_empty=split == "test"), builder.report
+            cache.save(key, *kept)
+        store, report = kept
+        return StoreDataset(
+            store=store,
+            report=report,
+            root=self.root,
+            truth=self.truth,
+            keep_empty=split != "train" or not self.drop_empty,
+            cache_images=self.cache_images,
+        )
+
+    @property
+    def need_masks(self) -> bool:
+        """Whether an object is of no use without a mask."""
+        return self.truth != "boxes"
+
+    @property
+    def wanted_objects(self) -> list[str] | None:
+        """The wanted names without the background that painted maps add."""
+        names = self.wanted_names
+        return names[1:] if names and self.truth == "semantic" and names[0] == "background" else names
+
+    def path(self, pattern: Pattern, split: str) -> Path:
+        """Return the path that ``pattern`` gives for ``split``.
+
+        Raises:
+            DataError: the pattern is a mapping that lacks the split.
+        """
+        if not isinstance(pattern, str):
+            if split not in pattern:
+                raise DataError(f"{type(self).__name__}: no path for split {split!r} among {dict(pattern)}")
+            pattern = pattern[split]
+        return self.root / pattern.format(split=self.split_names[split])
+
+
+def upright_size(path: Path, annotated: tuple[int, int] | None, report: Report) -> tuple[int, int]:
+    """Return the (height, width) of an image as the reader gives it, and report an annotation that disagrees.
+
+    Raises:
+        DataError: the file is no image; or the annotation was made before the file's EXIF rotation, so that its boxes
+            lie elsewhere in the upright image.
+    """
+    size = image_size(path)
+    if annotated is not None and annotated != size:
+        if annotated == size[::-1] and image_size(path, upright=False) == annotated:
+            raise DataError(
+                f"{path}: annotated as {annotated[0]} x {annotated[1]} (height x width), which is the image before its "
+                f"EXIF rotation; upright it is {size[0]} x {size[1]}. Rotate the boxes, or remove the file's EXIF tag"
+            )
+        report.add("image_size", f"{path.name}: annotated {annotated}, file {size} (height, width)")
+    return size
