@@ -96,7 +96,8 @@ def match(pairs: Pairs, group: Array, ignored: Array, crowd: Array, thresholds: 
     bounds = np.searchsorted(turn[chooser], np.arange(turn.max(initial=-1) + 2))
     for start, stop in pairwise(bounds):
         objects = truth[start:stop]  # (n,)
-        who, first = np.unique(chooser[start:stop], return_index=True)
+        first = np.flatnonzero(np.diff(chooser[start:stop], prepend=-1))  # (c,)
+        who = chooser[start:stop][first]
         used = taken[objects] & ~crowd[objects, None, None]
         best = _best_pair(fits[start:stop], used, ignored[objects], first)  # (c, A, T)
         number = stop - start

@@ -14,9 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detseg.structures import Detections, Target
 
-TWELVE = (
-    "map map_50 map_75 map_small map_medium map_large mar_1 mar_10 mar_100 mar_small mar_medium mar_large".split()
-)
+TWELVE = "map map_50 map_75 map_small map_medium map_large mar_1 mar_10 mar_100 mar_small mar_medium mar_large".split()
 
 
 @dataclass
