@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+
+from detseg.ops.roi_align import pyramid_roi_align
 
 
 class RegionAlign(nn.Module):
@@ -59,13 +60,9 @@ class RegionAlign(nn.Module):
             raise ValueError(
                 f"RegionAlign: levels is {self.levels}, but the backbone gives {len(features)}; set it to at most that"
             )
-        if self.levels == 1:
-            return self._align(features[0], regions, strides[0])
+        used, strides = list(features[: self.levels]), strides[: self.levels]
         level = self.assign(regions[:, 1:], strides)  # (R,)
-        rows = [(level == index).nonzero().flatten() for index in range(self.levels)]  # per level (R_l,)
-        pooled = [self._align(features[index], regions[row], strides[index]) for index, row in enumerate(rows)]
-        # One reordered copy: assigning level by level into zeros makes autograd copy the whole result each time.
-        return torch.cat(pooled).index_select(0, torch.cat(rows).argsort())  # (R, C, P, P)
+        return pyramid_roi_align(used, regions, level, strides, self.output_size, self.sampling_ratio)
 
     def assign(self, boxes: Tensor, strides: Sequence[int]) -> Tensor:
         """Return the level that each box ``(R, 4)`` reads, ``(R,)`` int64 with 0 the finest."""
@@ -73,13 +70,6 @@ class RegionAlign(nn.Module):
         wanted = (self.canonical_level + (side / self.canonical_size).log2() + 1e-6).floor()  # (R,), eq. 1
         finest = math.log2(strides[0])
         return (wanted.clamp(finest, finest + self.levels - 1) - finest).long()  # (R,)
-
-    def _align(self, feature: Tensor, regions: Tensor, stride: int) -> Tensor:
-        # Coordinates in half precision are off by whole pixels, and both inputs must share one type.
-        pooled: Tensor = roi_align(
-            feature.float(), regions.float(), self.output_size, 1.0 / stride, self.sampling_ratio
-        )  # (R, C, P, P)
-        return pooled
 
 
 def stack_regions(boxes: Sequence[Tensor]) -> Tensor:
