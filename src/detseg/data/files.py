@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from detseg.data import cache
 from detseg.data.builder import StoreBuilder
@@ -19,7 +18,8 @@ from detseg.data.image import image_size, read_image, read_map
 from detseg.data.module import DetectionData
 from detseg.data.sample import Sample, SampleDataset
 from detseg.data.store import AnnotationStore
-from detseg.structures import SemanticMap, Target
+from detseg.structures import SemanticMap
+from detseg.structures.maps import IGNORE_INDEX
 
 Pattern = str | Mapping[str, str]
 """A path below the root in which ``{split}`` stands for the split's name, or one such path for each split."""
@@ -35,7 +35,8 @@ class StoreDataset(SampleDataset):
         truth: ``boxes``, ``instances`` or ``semantic``; the last takes the store's maps, or paints the objects on
             class 0, background, where it has none.
         keep_empty: whether images without objects are among the samples.
-        cache_images: decode every image once, before workers start, and keep height x width x 3 bytes of each.
+        cache_images: decode every image, and paint or read every map, once before workers start, and keep height x
+            width x 3 (with maps, 4) bytes of each.
     """
 
     def __init__(
@@ -55,12 +56,16 @@ class StoreDataset(SampleDataset):
         if self._painted:
             self.class_names = ["background", *self.class_names]
             self.category_ids = [-1 if 0 in self.category_ids else 0, *self.category_ids]
+        if truth == "semantic" and len(self.class_names) > IGNORE_INDEX:
+            raise DataError(
+                f"{report.source}: {len(self.class_names)} classes with the background; labels of a map end at "
+                f"{IGNORE_INDEX - 1}, as {IGNORE_INDEX} means ignored. Choose fewer with data.class_names"
+            )
         filled = (
             np.diff(store.offsets) > 0 if not (keep_empty or len(store.maps)) else np.ones(len(store), dtype=np.bool_)
         )
         self._rows = np.flatnonzero(filled)
-        self._pixels: NDArray[np.uint8] | None = None
-        self._starts = np.concatenate([[0], np.cumsum(store.sizes.prod(axis=1) * 3)])
+        self._kept: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8] | None]] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -68,42 +73,31 @@ class StoreDataset(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         row = int(self._rows[index])
         target = self.store.target(row, masks=self.truth == "instances")
-        if self.truth == "semantic":
-            target.semantic = self._semantic(row)
-        return Sample(self._image(row, target), target)
+        pixels, labels = self._kept[row] if row in self._kept else self._load(row)  # (H, W, 3), (H, W)
+        if labels is not None:
+            target.semantic = SemanticMap(torch.from_numpy(labels.astype(np.int64)))
+        return Sample(torch.from_numpy(pixels).permute(2, 0, 1), target)  # cached pixels are shared: never write there
 
     def prepare(self) -> None:
-        """Decode all images into one buffer, if ``cache_images``; forked workers share it."""
-        if not self.cache_images or self._pixels is not None:
-            return
-        pixels = np.empty(int(self._starts[-1]), dtype=np.uint8)
-        for row in self._rows:
-            image = self._read(int(row), *self.store.size(int(row)))
-            pixels[self._starts[row] : self._starts[row + 1]] = image.permute(1, 2, 0).numpy().reshape(-1)
-        self._pixels = pixels
+        """Load every image and map, if ``cache_images``; forked workers share the arrays."""
+        if self.cache_images and not self._kept:
+            self._kept = {int(row): self._load(int(row)) for row in self._rows}
 
-    def _image(self, row: int, target: Target) -> Tensor:
-        height, width = target.size
-        if self._pixels is None:
-            return self._read(row, height, width)
-        pixels = self._pixels[self._starts[row] : self._starts[row + 1]]
-        return torch.from_numpy(pixels.reshape(height, width, 3)).permute(2, 0, 1)  # a view: nobody may write into it
-
-    def _read(self, row: int, height: int, width: int) -> Tensor:
-        path = self.root / self.store.files[row]
-        image: Tensor = read_image(path).as_subclass(Tensor)  # (3, H, W)
-        if image.shape[1:] != (height, width):
+    def _load(self, row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+        """Return the pixels ``(H, W, 3)``, and the map ``(H, W)`` where there is one."""
+        path, size = self.root / self.store.files[row], self.store.size(row)
+        image = read_image(path)  # (3, H, W)
+        if image.shape[1:] != size:
             raise DataError(
-                f"{path}: {image.shape[1]} x {image.shape[2]} pixels (height x width), but it had {height} x {width} "
+                f"{path}: {image.shape[1]} x {image.shape[2]} pixels (height x width), but {size[0]} x {size[1]} "
                 "when it was checked; start the run again to check it anew"
             )
-        return image
+        return image.permute(1, 2, 0).numpy(), self._map(row) if self.truth == "semantic" else None
 
-    def _semantic(self, row: int) -> SemanticMap:
+    def _map(self, row: int) -> NDArray[np.uint8]:
         if self._painted:
-            return self.store.paint(row)
-        values = read_map(self.root / self.store.maps[row])  # (H, W)
-        return SemanticMap(torch.from_numpy(self.store.map_labels[values].astype(np.int64)))
+            return self.store.paint(row).labels.numpy().astype(np.uint8)
+        return self.store.map_labels[read_map(self.root / self.store.maps[row])]
 
 
 class FileData(DetectionData):

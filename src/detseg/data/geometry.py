@@ -148,9 +148,12 @@ def window_boxes(boxes: Tensor, window: Window) -> Tensor:
 
 def window_mask(mask: Tensor, window: Window, fill: int = 0) -> Tensor:
     """Return ``mask`` (N, H, W) seen through ``window``: the pixel nearest to each centre, ``fill`` outside."""
-    rows, columns = (_nearest(window.start[axis], window.span[axis], window.shown[axis]) for axis in (0, 1))
-    whole = window.shown == tuple(mask.shape[-2:])
-    shown = mask if whole else mask.index_select(1, rows).index_select(2, columns)
+    (top, left), (height, width) = window.start, window.span
+    shown = mask[:, top : top + height, left : left + width]
+    if window.shown != window.span:
+        shown = shown.index_select(1, _nearest(height, window.shown[0])).index_select(
+            2, _nearest(width, window.shown[1])
+        )
     if window.shown == window.canvas:
         return shown
     canvas = mask.new_full((len(mask), *window.canvas), fill)
@@ -206,6 +209,6 @@ def _place(length: int, resized: int, canvas: int) -> tuple[int, int, int, int, 
     return 0, length, resized, offset, canvas
 
 
-def _nearest(start: int, span: int, shown: int) -> Tensor:
+def _nearest(span: int, shown: int) -> Tensor:
     """Return the source index under the centre of each of ``shown`` pixels."""
-    return start + ((torch.arange(shown) * 2 + 1) * span) // (2 * shown)
+    return ((torch.arange(shown) * 2 + 1) * span) // (2 * shown)

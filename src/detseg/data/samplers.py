@@ -24,7 +24,7 @@ class _Sized(Dataset[int]):
         return index
 
 
-class TrainSampler(DistributedSampler):  # type: ignore[type-arg]  # generic only since torch 2.12
+class TrainSampler(DistributedSampler[int]):
     """Shuffles by (seed, epoch) and gives every rank the same number of images.
 
     It is a ``DistributedSampler`` so that Lightning calls ``set_epoch`` and does not wrap it in one of its own.
@@ -46,7 +46,7 @@ class TrainSampler(DistributedSampler):  # type: ignore[type-arg]  # generic onl
         return iter([(self.epoch, int(index)) for index in padded[self.rank :: self.num_replicas]])
 
 
-class EvalSampler(DistributedSampler):  # type: ignore[type-arg]  # generic only since torch 2.12
+class EvalSampler(DistributedSampler[int]):
     """Goes through the images in order; every image is seen by exactly one rank.
 
     torch's and Lightning's samplers repeat images until all ranks hold equally many, which counts those twice.

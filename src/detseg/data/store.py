@@ -152,13 +152,13 @@ class AnnotationStore:
         Large objects are painted first, so that small ones lie on top; crowd regions, whose pixels nobody has sorted,
         get the ignore index, and single objects lie on top of them.
         """
-        rows, masks = self.objects(index), self.masks(index)
-        painted = torch.zeros(self.size(index), dtype=torch.int64)  # (H, W)
-        areas = masks.flatten(1).sum(dim=1)  # (n,)
-        order = sorted(range(len(rows)), key=lambda n: (not self.iscrowd[rows[n]], -int(areas[n])))
-        for number in order:
-            row = rows[number]
-            painted[masks[number]] = IGNORE_INDEX if self.iscrowd[row] else int(self.labels[row]) + 1
+        size = self.size(index)
+        painted = torch.zeros(size, dtype=torch.int64)  # (H, W)
+        codes = {row: code for row in self.objects(index) if (code := self.code(row, size))}
+        areas = dict(zip(codes, rle.areas(list(codes.values())).tolist(), strict=True))
+        for row in sorted(codes, key=lambda row: (not self.iscrowd[row], -areas[row])):
+            mask = rle.decode([codes[row]], size)[0]  # (H, W); one at a time, as a hundred large ones fill the memory
+            painted.masked_fill_(mask, IGNORE_INDEX if self.iscrowd[row] else int(self.labels[row]) + 1)
         return SemanticMap(painted)
 
     def arrays(self) -> dict[str, Array]:

@@ -166,7 +166,8 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
     masks = parts["masks"].as_subclass(Tensor) if "masks" in parts else None  # (N, H, W)
     kept = (sides >= min_side).all(dim=1) & (visible >= min_visible)
     if masks is not None and min_side > 0:  # evaluation keeps every object
-        kept &= masks.flatten(1).any(dim=1) | ~target.masks.flatten(1).any(dim=1)  # type: ignore[union-attr]
+        doubtful = (kept & ((visible < 1) | (sides < 8).any(dim=1))).nonzero()[:, 0]  # looking at all masks is slow
+        kept[doubtful] = masks[doubtful].flatten(1).any(dim=1)
     changed = replace(
         target,
         boxes=clipped,

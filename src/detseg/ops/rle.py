@@ -47,7 +47,7 @@ def decode(codes: Sequence[RLE], size: tuple[int, int]) -> Tensor:
         if tuple(code["size"]) != tuple(size):
             raise ValueError(f"decode: code {row} is of size {tuple(code['size'])}, wanted {tuple(size)}")
     stack = coco_mask.decode(list(codes))  # (H, W, N), columns first in memory
-    return torch.from_numpy(np.ascontiguousarray(stack.transpose(2, 0, 1))).bool()  # (N, H, W)
+    return torch.from_numpy(stack.transpose(2, 0, 1)).view(torch.bool).contiguous()  # (N, H, W); bytes are 0 and 1
 
 
 def polygons_to_rle(rings: Sequence[Ring], size: tuple[int, int]) -> RLE:
