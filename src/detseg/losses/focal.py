@@ -98,7 +98,7 @@ class _FocalLoss(torch.autograd.Function):
         return loss.sum() if weights is None else loss.sum(dim=1) @ weights.to(loss.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch gives the decorator no types
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope,) = ctx.saved_tensors
         return slope * gradient, None, None, None, None

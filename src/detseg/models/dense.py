@@ -131,6 +131,8 @@ class DenseDetector(nn.Module, ABC):
         max_detections: how many detections per image stay.
     """
 
+    backbone: Backbone
+
     def __init__(
         self,
         *,
@@ -164,15 +166,14 @@ class DenseDetector(nn.Module, ABC):
         self.top_k = top_k
         self.max_detections = max_detections
 
-    def forward(
-        self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None
-    ) -> DenseOutputs:
+    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> DenseOutputs:
         """Run the network on ``(B, 3, H, W)`` RGB in [0, 1]; ``targets`` are not read. See ``Detector.forward``."""
         levels = self.backbone(self.normalize(images, sizes))  # L x (B, C, H / s, W / s)
         feature_sizes = tuple((int(level.shape[2]), int(level.shape[3])) for level in levels)
         strides = tuple(grid_strides((images.shape[2], images.shape[3]), feature_sizes))
         lattice = build_lattice(self.references, feature_sizes, strides, images.device)
-        return DenseOutputs(*self.head(levels), lattice)
+        logits, regression, quality = self.head(levels)  # (B, N, K), (B, N, 4), (B, N) or None
+        return DenseOutputs(logits, regression, quality, lattice)
 
     def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
         """Return ``loss_classification`` and the terms of the paper's ``box_terms``, scalars; see ``Detector.loss``."""
@@ -222,12 +223,11 @@ class DenseDetector(nn.Module, ABC):
         boxes = self.coder.decode(regression, lattice.boxes[reference])  # (C, 4)
         counts = torch.bincount(image, minlength=len(sizes)).tolist()
         found = []
-        for size, *parts in zip(
-            sizes.tolist(), boxes.split(counts), score.split(counts), label.split(counts), strict=True
-        ):
-            clipped = clip_boxes_to_image(parts[0], (size[0], size[1]))  # (n, 4)
-            keep = self.nms(clipped, parts[1], parts[2])[: self.max_detections]
-            found.append(Detections(boxes=clipped[keep], scores=parts[1][keep], labels=parts[2][keep]))
+        parts = (torch.split(tensor, counts) for tensor in (boxes, score, label))  # 3 x B x (n, ...)
+        for size, box, own_score, own_label in zip(sizes.tolist(), *parts, strict=True):
+            clipped = clip_boxes_to_image(box, (size[0], size[1]))  # (n, 4)
+            keep = self.nms(clipped, own_score, own_label)[: self.max_detections]
+            found.append(Detections(boxes=clipped[keep], scores=own_score[keep], labels=own_label[keep]))
         return found
 
     def scores(self, logits: Tensor, quality: Tensor | None) -> Tensor:
@@ -252,15 +252,9 @@ class DenseDetector(nn.Module, ABC):
 
     def positives_per_level(self, assignment: Assignment, lattice: Lattice) -> dict[str, Tensor]:
         """Return how many references of each level learn an object, by name (``positives_p3`` has stride 8)."""
-        counts = (assignment.matched >= 0).sum(0).split(lattice.counts)  # L x (N_l,)
-        names = [f"positives_p{round(math.log2(stride))}" for stride in self.backbone_strides]
+        counts = torch.split((assignment.matched >= 0).sum(0), lattice.counts)  # L x (N_l,)
+        names = [f"positives_p{round(math.log2(stride))}" for stride in self.backbone.strides]
         return {name: count.sum().float() for name, count in zip(names, counts, strict=True)}
-
-    @property
-    def backbone_strides(self) -> list[int]:
-        """The pixels between cells, per level."""
-        strides: list[int] = self.backbone.strides  # type: ignore[assignment]  # nn.Module hides a Backbone's types
-        return strides
 
 
 def flat_boxes(targets: list[Target], lattice: Lattice) -> tuple[Tensor, Tensor]:
@@ -317,7 +311,7 @@ def conv_tower(channels: int, depth: int, *, groups: int | None, nested: bool) -
 
 
 def initialise_head(head: nn.Module, prediction: nn.Conv2d | None = None) -> None:
-    """Draw all convolutions from N(0, 0.01), and start the classes at a probability of 0.01 (Lin et al., section 4.1)."""
+    """Draw all convolutions from N(0, 0.01) and start the classes at probability 0.01 (Lin et al., section 4.1)."""
     for layer in head.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.01)

@@ -137,9 +137,7 @@ class FCOS(DenseDetector):
         max_detections: int = 100,
         weights: str | Path | None = None,
     ) -> None:
-        head = FCOSHead(
-            channels=one_width(backbone), num_classes=num_classes, depth=head_depth, groups=head_groups
-        )
+        head = FCOSHead(channels=one_width(backbone), num_classes=num_classes, depth=head_depth, groups=head_groups)
         super().__init__(
             num_classes=num_classes,
             backbone=backbone,
@@ -179,6 +177,6 @@ class FCOS(DenseDetector):
         assignment = self.assign(outputs, targets)
         objects = flat_boxes([learnable(target) for target in targets], outputs.lattice)  # (G, 4), (G,)
         claims = self.assigner.claims(*objects, outputs.lattice)[1]  # (C,)
-        count = claims.unique(return_counts=True)[1]  # (points,)
+        count = torch.unique(claims, return_counts=True)[1]  # (points,)
         share = (count > 1).sum() / max(len(count), 1)
         return self.positives_per_level(assignment, outputs.lattice) | {"ambiguous_points": share}

@@ -181,7 +181,10 @@ class RetinaNet(DenseDetector):
         counted = (assignment.matched.flatten() != BETWEEN).nonzero()[:, 0]  # ignored anchors have no loss
         loss = self.classification_loss
         share = negative_share(
-            outputs.logits.flatten(0, 1)[counted].float(), assignment.labels[counted], alpha=loss.alpha, gamma=loss.gamma
+            outputs.logits.flatten(0, 1)[counted].float(),
+            assignment.labels[counted],
+            alpha=loss.alpha,
+            gamma=loss.gamma,
         )
         return self.positives_per_level(assignment, outputs.lattice) | {"easy_negative_share": share}
 

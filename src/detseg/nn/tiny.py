@@ -21,6 +21,10 @@ class TinyBackbone(Backbone):
         depth: residual blocks per stage.
         stem: channels of the stem (stride 2).
         with_stem: give the stem's map (stride 2) as the first output too, as a U-Net decoder wants it.
+        strides: of the maps wanted, ascending; stages beyond the last are not built. ``None`` gives all of them.
+
+    Raises:
+        ValueError: the network has no map of a wanted stride.
     """
 
     def __init__(
@@ -30,9 +34,10 @@ class TinyBackbone(Backbone):
         depth: int = 1,
         stem: int = 16,
         with_stem: bool = False,
+        strides: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.with_stem = with_stem
+        widths = [width for index, width in enumerate(widths) if strides is None or 4 * 2**index <= strides[-1]]
         self.stem = nn.Sequential(*_convolution(3, stem, stride=2), nn.ReLU(inplace=True))
         stages, channels = [], stem
         for width in widths:
@@ -41,17 +46,18 @@ class TinyBackbone(Backbone):
             stages.append(nn.Sequential(*blocks))
             channels = width
         self.stages = nn.ModuleList(stages)
-        self.channels = ([stem] if with_stem else []) + list(widths)
-        self.strides = ([2] if with_stem else []) + [4 * 2**index for index in range(len(widths))]
+        own = dict(zip([2 ** (index + 1) for index in range(len(widths) + 1)], [stem, *widths], strict=True))
+        self.strides = list(own)[0 if with_stem else 1 :] if strides is None else list(strides)
+        if absent := [stride for stride in self.strides if stride not in own]:
+            raise ValueError(f"TinyBackbone has maps of strides {list(own)}, not {absent}; choose among those")
+        self.channels = [own[stride] for stride in self.strides]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map per stride; see ``Backbone``."""
-        images = self.stem(images)  # (B, stem, H / 2, W / 2)
-        maps = [images] if self.with_stem else []
-        for stage in self.stages:
-            images = stage(images)  # (B, width, H / s, W / s)
-            maps.append(images)
-        return maps
+        maps = {2: self.stem(images)}  # (B, stem, H / 2, W / 2)
+        for index, stage in enumerate(self.stages):
+            maps[4 * 2**index] = stage(maps[2 * 2**index])  # (B, width, H / s, W / s)
+        return [maps[stride] for stride in self.strides]
 
 
 class ResidualBlock(nn.Module):

@@ -52,6 +52,10 @@ class References(Protocol):
         """Return ``(H * W * A, 4)`` xyxy pixels per level, by row, column, shape; cells are ``strides`` apart."""
         ...
 
+    def __hash__(self) -> int:
+        """Grids are kept per object, so equal generators may be two."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Lattice:

@@ -102,7 +102,7 @@ class SparseIoUMatcher:
     ) -> tuple[Tensor, Tensor]:
         """Return the best anchors of every box ``(Q,)``, and for each of them the best box ``(Q,)``."""
         best = found.iou.new_zeros(len(boxes)).scatter_reduce_(0, found.box, found.iou, "amax")  # (G,)
-        cells = found.cell[((found.iou == best[found.box]) & (found.iou > 0)).nonzero()[:, 0]].unique()  # (Q,)
+        cells = torch.unique(found.cell[((found.iou == best[found.box]) & (found.iou > 0)).nonzero()[:, 0]])  # (Q,)
         # The best box of such an anchor may be any of its image, with an IoU below every bound: look at them all.
         count = torch.bincount(image, minlength=batch)  # (B,)
         end = count.cumsum(0)  # (B,)
