@@ -28,7 +28,9 @@ import numpy as np
 CLASSES = 80
 DETECTIONS = 112  # per image
 BATCH = 16  # images per update
-KEYS = "map map_50 map_75 map_small map_medium map_large mar_1 mar_10 mar_100 mar_small mar_medium mar_large".split()
+AREAS = ("small", "medium", "large")
+KEYS = ["map", "map_50", "map_75", *(f"map_{area}" for area in AREAS)]
+KEYS += ["mar_1", "mar_10", "mar_100", *(f"mar_{area}" for area in AREAS)]
 CONTENDERS = ("detseg", "faster-coco-eval", "pycocotools")
 
 

@@ -14,7 +14,9 @@ from pycocotools.cocoeval import COCOeval
 
 from detseg.structures import Detections, Target
 
-TWELVE = "map map_50 map_75 map_small map_medium map_large mar_1 mar_10 mar_100 mar_small mar_medium mar_large".split()
+AREAS = ("small", "medium", "large")
+TWELVE = ["map", "map_50", "map_75", *(f"map_{area}" for area in AREAS)]
+TWELVE += ["mar_1", "mar_10", "mar_100", *(f"mar_{area}" for area in AREAS)]
 
 
 @dataclass

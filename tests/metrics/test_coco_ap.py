@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from metric_oracles import TWELVE, Case, pycocotools_figures, random_case, xywh
 from pycocotools.coco import COCO
-from shared import SHARED, needs_shared
 
 from detseg.metrics import CocoAP
 from detseg.structures import Detections, Target
+from metric_oracles import TWELVE, Case, pycocotools_figures, random_case, xywh
+from shared import SHARED, needs_shared
 
 
 def figures(case: Case, iou_type: str = "bbox", batch: int = 3) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ def test_label_out_of_range_names_the_image() -> None:
         CocoAP(num_classes=2).update([detections([], [], [])], [target([BOX], [5], 9)])
     negative = detections([BOX], [0.5], [0])
     negative.labels[0] = -1
-    with pytest.raises(ValueError, match="image 4 .*label -1, which must be 0 or more"):
+    with pytest.raises(ValueError, match=r"image 4 .*label -1, which must be 0 or more"):
         CocoAP().update([negative], [target([BOX], [0], 4)])
 
 
@@ -225,17 +225,17 @@ def test_same_image_twice_is_an_error() -> None:
     metric = CocoAP()
     metric.update([detections([BOX], [0.5], [0])], [target([BOX], [0], 6)])
     metric.update([detections([BOX], [0.5], [0])], [target([BOX], [0], 6)])
-    with pytest.raises(ValueError, match="first 6 .*reset"):
+    with pytest.raises(ValueError, match=r"first 6 .*reset"):
         metric.compute()
 
 
 def test_masks_must_be_there_and_of_one_size() -> None:
     metric = CocoAP(iou_type="segm")
     found, truth = detections([BOX], [0.5], [0]), target([BOX], [0], 8)
-    with pytest.raises(ValueError, match="image 8 .*1 detections have no masks"):
+    with pytest.raises(ValueError, match=r"image 8 .*1 detections have no masks"):
         metric.update([found], [truth])
     found.masks = torch.ones((1, 20, 20), dtype=torch.bool)
-    with pytest.raises(ValueError, match="image 8 .*1 objects have no masks"):
+    with pytest.raises(ValueError, match=r"image 8 .*1 objects have no masks"):
         metric.update([found], [truth])
     truth.masks = torch.ones((1, 20, 30), dtype=torch.bool)
     with pytest.raises(ValueError, match=r"image 8 .*\(20, 20\) and \(20, 30\)"):

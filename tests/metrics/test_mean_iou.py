@@ -108,7 +108,7 @@ def test_wrong_maps_name_the_image() -> None:
         metric.update([SemanticMap(good)], [target(torch.zeros((2, 3)).long(), 9)])
     missing = target(good, 9)
     missing.semantic = None
-    with pytest.raises(ValueError, match="image 9 .*no semantic map"):
+    with pytest.raises(ValueError, match=r"image 9 .*no semantic map"):
         metric.update([SemanticMap(good)], [missing])
     with pytest.raises(ValueError, match="predictions of 1 images, but targets of 0"):
         metric.update([SemanticMap(good)], [])

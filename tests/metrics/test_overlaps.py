@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from metric_oracles import blobs, draw_boxes
 from pycocotools import mask as rle
 
 from detseg.metrics import overlaps
 from detseg.metrics.overlaps import Pairs, box_iou, box_pairs, mask_iou, pack_masks, packed_areas, same_group
+from metric_oracles import blobs, draw_boxes
 
 
 def test_box_iou_equals_pycocotools_in_every_bit() -> None:

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from metric_oracles import Case, random_case, to_coco
 from pycocotools.cocoeval import COCOeval
 
 from detseg.metrics import ProposalRecall
 from detseg.structures import Detections, Target
+from metric_oracles import Case, random_case, to_coco
 
 
 def class_agnostic(case: Case, limits: list[int]) -> list[float]:

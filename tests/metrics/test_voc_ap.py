@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from metric_oracles import random_case
 
 from detseg.metrics import VocAP
 from detseg.metrics.curves import area_precision, eleven_point_precision
 from detseg.structures import Detections, Target
+from metric_oracles import random_case
 
 A, B, C, AWAY = [0.0, 0, 10, 10], [20.0, 0, 30, 10], [40.0, 0, 50, 10], [100.0, 100, 110, 110]
 
@@ -178,7 +178,7 @@ def test_equal_to_the_devkit_line_by_line(seed: int, style: str) -> None:
 
 
 def test_arguments_and_numbers_are_checked() -> None:
-    with pytest.raises(ValueError, match="'2007' .* or '2010'"):
+    with pytest.raises(ValueError, match=r"'2007' .* or '2010'"):
         VocAP(style="2008")
     with pytest.raises(ValueError, match="iou_threshold is 0"):
         VocAP(iou_threshold=0)
