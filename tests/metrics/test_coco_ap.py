@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -186,10 +188,31 @@ def test_no_mask_is_kept() -> None:
     case = random_case(1001, masks=True)
     metric = CocoAP(iou_type="segm")
     metric.update(case.detections, case.targets)
-    kept = sum(block.numel() for name in ("images", "found", "truth", "overlaps") for block in getattr(metric, name))
+    kept = sum(
+        block.numel()
+        for name in ("images", "found", "truth", "overlaps", "overlap_images")
+        for block in getattr(metric, name)
+    )
     found, objects = sum(map(len, case.detections)), sum(map(len, case.targets))
     assert kept <= 7 * found + 8 * objects + 3 * len(case.targets) + 4 * found * objects
     assert kept < case.targets[0].masks[0].numel() * found / 10
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_image_ids_may_be_large(iou_type: str) -> None:
+    case = random_case(1002, masks=True)
+    expected = figures(case, iou_type)
+    for target in case.targets:
+        target.image_id += 2**62  # a hash, say; float64 would round it
+    torch.testing.assert_close(figures(case, iou_type), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_survives_pickling_and_copying() -> None:
+    case = random_case(4)
+    metric = CocoAP(num_classes=case.num_classes)
+    metric.update(case.detections, case.targets)
+    for copied in (pickle.loads(pickle.dumps(metric)), copy.deepcopy(metric)):
+        torch.testing.assert_close(copied.compute(), figures(case), rtol=0, atol=0, equal_nan=True)
 
 
 def test_forward_gives_the_batch_and_keeps_the_epoch() -> None:

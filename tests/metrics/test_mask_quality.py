@@ -47,7 +47,7 @@ def test_by_hand() -> None:
     metric.update(*([item] for item in scene()))
     result = metric.compute()
     assert float(result["mask_quality"]) == pytest.approx((0.9 + 0.5) / 2, abs=1e-15)
-    assert int(result["count"]) == 2
+    assert int(result["mask_quality_count"]) == 2
     metric.update([Detections.empty(mask_size=(40, 40))], [scene()[1]])  # what is missed changes nothing
     assert float(metric.compute()["mask_quality"]) == pytest.approx(0.7, abs=1e-15)
 
@@ -56,7 +56,7 @@ def test_nothing_matched_is_not_a_number() -> None:
     found, target = scene()
     metric = MaskQuality()
     metric.update([found[found.scores > 0.94]], [target])
-    assert math.isnan(metric.compute()["mask_quality"]) and int(metric.compute()["count"]) == 0
+    assert math.isnan(metric.compute()["mask_quality"]) and int(metric.compute()["mask_quality_count"]) == 0
 
 
 def test_wrong_masks_name_the_image() -> None:

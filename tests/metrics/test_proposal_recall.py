@@ -39,7 +39,7 @@ def test_equal_to_pycocotools_without_classes(seed: int) -> None:
     expected = class_agnostic(Case(case.detections, case.targets, 1), limits)
     ours = torch.stack([result[f"ar_{limit}"] for limit in limits])
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12, equal_nan=True)
-    assert int(result["count"]) == sum(int((~target.iscrowd).sum()) for target in case.targets)
+    assert int(result["ar_count"]) == sum(int((~target.iscrowd).sum()) for target in case.targets)
 
 
 def test_by_hand() -> None:
@@ -59,7 +59,7 @@ def test_by_hand() -> None:
     metric.update([proposals], [target])
     result = metric.compute()
     assert [float(result[f"ar_{limit}"]) for limit in (1, 2, 3)] == pytest.approx([0, 0.5, 0.85])
-    assert int(result["count"]) == 2
+    assert int(result["ar_count"]) == 2
 
 
 def test_defaults_and_no_objects() -> None:
@@ -67,8 +67,8 @@ def test_defaults_and_no_objects() -> None:
     none = torch.zeros((0, 4))
     metric.update([Detections.empty()], [Target(boxes=none, labels=torch.zeros(0).long())])
     result = metric.compute()
-    assert set(result) == {"ar_100", "ar_300", "ar_1000", "count"}
-    assert math.isnan(result["ar_1000"]) and int(result["count"]) == 0
+    assert set(result) == {"ar_100", "ar_300", "ar_1000", "ar_count"}
+    assert math.isnan(result["ar_1000"]) and int(result["ar_count"]) == 0
 
 
 def test_wrong_input_is_named() -> None:

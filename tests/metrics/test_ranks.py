@@ -32,7 +32,7 @@ def test_the_same_on_uneven_ranks(shares: list[list[int]], tmp_path: Path) -> No
 
     alone = metric_ranks.results(list(range(metric_ranks.IMAGES)), step=7)
     assert float(alone["boxes"]["map"]) > 0.2 and float(alone["masks"]["map"]) > 0.2
-    assert float(alone["voc 2007"]["map"]) > 0.2 and float(alone["quality"]["count"]) > 3
+    assert float(alone["voc 2007"]["map"]) > 0.2 and float(alone["quality"]["mask_quality_count"]) > 3
     for turn in range(len(shares)):
         for number in range(world):
             together = torch.load(tmp_path / f"{turn}-{number}.pt", weights_only=True)

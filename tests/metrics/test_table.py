@@ -48,6 +48,12 @@ def test_rows_of_plain_numbers() -> None:
     ]
 
 
+def test_counts_of_several_metrics_stay_apart() -> None:
+    figures = {"map": 0.5, "count": 9, "mask_quality": math.nan, "mask_quality_count": 0, "ar_100": math.nan}
+    rows = dict(table_rows(figures | {"ar_count": 0}))
+    assert rows == {"map": "0.5000", "mask_quality": "n/a (0 objects)", "ar_100": "n/a (0 objects)"}
+
+
 def test_json_has_null_for_what_is_not_a_number(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_metrics(path, coco() | {"loss": 0.5, "steps": 3}, ["apple", "pear"])

@@ -79,7 +79,9 @@ class CocoAP(SceneMetric):
             )
         self.iou_type = iou_type
         self.max_detections = tuple(max_detections)
-        self.add_rows("overlaps", 4)  # image id, detection and object within the image, IoU; masks only
+        if iou_type == "segm":
+            self.add_rows("overlaps", 3)  # detection and object, counted within the image, and IoU
+            self.add_rows("overlap_images", 1, torch.int64)  # the image id of each
 
     def update(self, detections: list[Detections], targets: list[Target]) -> None:
         """Add a batch of images.
@@ -93,15 +95,16 @@ class CocoAP(SceneMetric):
             return
         overlaps = [mask_overlaps(found, target) for found, target in zip(detections, targets, strict=True)]
         self.keep_scene(detections, targets, areas=[area for area, _ in overlaps])
-        for _, block in overlaps:
+        for target, (_, block) in zip(targets, overlaps, strict=True):
             self.keep("overlaps", block)
+            self.keep("overlap_images", torch.full((len(block), 1), target.image_id))
 
     def compute(self) -> Figures:
         """Return the figures named in the class's docstring."""
         found, truth, image_ids = self.scene()
         pairs = None
         if self.iou_type == "segm":
-            pairs = _global_pairs(self.rows("overlaps"), found, truth, image_ids)
+            pairs = _global_pairs(self.rows("overlaps"), self.rows("overlap_images")[:, 0], found, truth, image_ids)
         tables = coco_tables(
             found,
             truth,
@@ -116,7 +119,7 @@ def mask_overlaps(found: Detections, target: Target) -> tuple[Tensor, Tensor]:
     """Return what is kept of one image's masks.
 
     Returns:
-        ``(N,)`` float64 areas of the detections, and ``(P, 4)`` float64 rows (image id, detection, object, IoU) of the
+        ``(N,)`` float64 areas of the detections, and ``(P, 3)`` float64 rows (detection, object, IoU) of the
         pairs of one class that overlap enough to match.
 
     Raises:
@@ -127,11 +130,11 @@ def mask_overlaps(found: Detections, target: Target) -> tuple[Tensor, Tensor]:
         if owner.masks is None and len(owner):
             raise ValueError(f"{where}: its {len(owner)} {what} have no masks; iou_type='segm' compares masks")
     if found.masks is None or len(found) == 0:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros((0, 4), dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64), torch.zeros((0, 3), dtype=torch.float64)
     packed = pack_masks(found.masks)
     area = torch.from_numpy(packed_areas(packed)).double()
     if target.masks is None or len(target) == 0:
-        return area, torch.zeros((0, 4), dtype=torch.float64)
+        return area, torch.zeros((0, 3), dtype=torch.float64)
     if found.masks.shape[1:] != target.masks.shape[1:]:
         sizes = f"{tuple(found.masks.shape[1:])} and {tuple(target.masks.shape[1:])}"
         raise ValueError(f"{where}: masks of detections and objects are {sizes}; resize the detections to the image")
@@ -139,17 +142,23 @@ def mask_overlaps(found: Detections, target: Target) -> tuple[Tensor, Tensor]:
     detection, truth = np.nonzero(same)
     iou = mask_iou(packed, pack_masks(target.masks), detection, truth, target.iscrowd.cpu().numpy())
     near = iou >= IOU_THRESHOLDS[0]
-    rows = np.stack([np.full(len(iou), float(target.image_id)), detection, truth, iou], axis=1)
+    rows = np.stack([detection, truth, iou], axis=1)
     return area, torch.from_numpy(rows[near])
 
 
-def _global_pairs(overlaps: Array, found: Found, truth: Truth, image_ids: Array) -> Pairs:
-    """Turn places within an image into rows of the whole; ``image_ids`` ``(I,)`` ascending."""
-    place = np.searchsorted(image_ids, overlaps[:, 0].astype(np.int64))
-    images = np.arange(len(image_ids))
-    first, truth_first = np.searchsorted(found.image, images), np.searchsorted(truth.image, images)
-    detection = first[place] + overlaps[:, 1].astype(np.int64)
-    return Pairs(detection, truth_first[place] + overlaps[:, 2].astype(np.int64), overlaps[:, 3])
+def _global_pairs(overlaps: Array, images: Array, found: Found, truth: Truth, image_ids: Array) -> Pairs:
+    """Turn places within an image into rows of the whole.
+
+    Args:
+        overlaps: ``(P, 3)``, see ``mask_overlaps``.
+        images: ``(P,)`` image ids.
+        found: all detections, sorted by image.
+        truth: all objects, sorted by image.
+        image_ids: ``(I,)`` ascending.
+    """
+    place = np.searchsorted(image_ids, images)
+    detection = np.searchsorted(found.image, place) + overlaps[:, 0].astype(np.int64)
+    return Pairs(detection, np.searchsorted(truth.image, place) + overlaps[:, 1].astype(np.int64), overlaps[:, 2])
 
 
 def coco_tables(

@@ -21,7 +21,7 @@ from detseg.structures import Detections, Target
 class MaskQuality(RowMetric):
     """Mean mask IoU of detections matched by box; the same on any number of processes.
 
-    ``compute`` gives ``mask_quality``, float64, NaN where nothing matched, and ``count``, the number of matched
+    ``compute`` gives ``mask_quality``, float64, NaN where nothing matched, and ``mask_quality_count``, the matched
     detections. Crowds are not matched.
 
     Args:
@@ -55,7 +55,7 @@ class MaskQuality(RowMetric):
         ious = self.rows("ious")[:, 0]
         # fsum rounds once, so the order in which ranks arrive cannot show
         quality = math.fsum(ious) / len(ious) if len(ious) else math.nan
-        return self.figures({"mask_quality": quality, "count": len(ious)})
+        return self.figures({"mask_quality": quality, "mask_quality_count": len(ious)})
 
 
 def matched_mask_ious(found: Detections, target: Target, iou_threshold: float = 0.5) -> Array:

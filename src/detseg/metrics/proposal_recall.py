@@ -26,7 +26,7 @@ class ProposalRecall(DictMetric):
     """Average recall of proposals at several limits; the same on any number of processes.
 
     Images are matched in ``update``, so only counts are kept. ``compute`` gives one ``ar_<limit>`` per limit, float64,
-    and ``count``, the objects that are not crowds. NaN where there are none.
+    and ``ar_count``, the objects that are not crowds. NaN where there are none.
 
     Args:
         limits: proposals per image that are looked at, ascending.
@@ -72,7 +72,7 @@ class ProposalRecall(DictMetric):
         """Return the figures named in the class's docstring."""
         recall = self.matched.double().mean(dim=1) / self.objects  # 0 / 0 is NaN: n/a
         return self.figures(
-            {f"ar_{limit}": recall[place] for place, limit in enumerate(self.limits)} | {"count": self.objects}
+            {f"ar_{limit}": recall[place] for place, limit in enumerate(self.limits)} | {"ar_count": self.objects}
         )
 
 

@@ -176,16 +176,18 @@ def check_batch(detections: list[Detections], targets: list[Target], num_classes
     """
     if len(detections) != len(targets):
         raise ValueError(f"there are detections of {len(detections)} images, but targets of {len(targets)}")
+    if not targets:
+        return
     limit = torch.iinfo(torch.int64).max if num_classes is None else num_classes
     allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
     for what, rows, finite in (
         ("detection", detections, ("boxes", "scores")),
         ("object", targets, ("boxes", "area")),
     ):
-        labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(row.labels.cpu() for row in rows)])
+        labels = torch.cat([row.labels for row in rows]).cpu()
         _blame(targets, rows, what, "label", labels, (labels >= 0) & (labels < limit), f"must be {allowed}")
         for name in finite:
-            values = torch.cat([torch.zeros(0), *(getattr(row, name).detach().flatten().cpu() for row in rows)])
+            values = torch.cat([getattr(row, name).detach().flatten() for row in rows]).cpu()
             _blame(targets, rows, what, name, values, values.isfinite(), "must be finite")
 
 

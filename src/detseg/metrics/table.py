@@ -19,6 +19,7 @@ Value = Tensor | float | int
 _COUNT = re.compile(r"(^|[/_])count(_|$)")
 _SIZE = re.compile(r"(small|medium|large)$")
 _FIGURE = re.compile(r"(map|mar|miou|iou|dice|pixel_accuracy|mean_class_accuracy|accuracy|fw_iou|ar|mask_quality)(_|$)")
+_OWN_COUNT = ("ar", "mask_quality")  # their counts carry their names, as they stand beside those of boxes
 _OF_PIXELS = ("miou", "iou", "dice", "pixel_accuracy", "mean_class_accuracy", "accuracy", "fw_iou")
 
 
@@ -86,10 +87,11 @@ def _text(key: str, index: int | None, number: float | int, figures: Mapping[str
     if not math.isnan(number):
         return f"{number:.4f}"
     name = _FIGURE.search(key)
-    prefix = key[: name.start()] if name else ""
-    unit = "pixels" if name and name.group(1) in _OF_PIXELS else "objects"
+    prefix, figure = (key[: name.start()], name.group(1)) if name else ("", "")
     size = _SIZE.search(key)
     tail = "_per_class" if index is not None else f"_{size.group(1)}" if size else ""
-    count = figures.get(f"{prefix}count{tail}", 0)
+    own = f"{figure}_" if figure in _OWN_COUNT else ""
+    count = figures.get(f"{prefix}{own}count{tail}", 0)
+    unit = "pixels" if figure in _OF_PIXELS else "objects"
     number_of = torch.as_tensor(count).reshape(-1)[index or 0].item()
     return f"n/a ({number_of:g} {unit})"
