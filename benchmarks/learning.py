@@ -1,7 +1,7 @@
 """Train every experiment from its own command, one after the other, and print what it cost and reached.
 
 Run: python benchmarks/learning.py [pattern ...] [key=value ...], such as ``"orchard_*"`` or ``bccd_fcos seed=2``.
-Default: every ``orchard_*``, ``bccd_*`` and ``dsb2018_*`` of conf/experiment. Minutes are wall-clock from the command to
+Default: every ``orchard_*``, ``bccd_*`` and ``dsb2018_*`` of conf/experiment. Minutes are wall-clock from command to
 its end, starting Python and the last evaluation included. The table is written after every experiment, so that an
 interrupted run keeps its rows; the runs themselves stay beside it.
 """

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from detseg.callbacks import wandb_logger
+from detseg.callbacks import CheckpointStamp, wandb_logger
 from detseg.callbacks.loggers import has_wandb_login
 from tiny_task import TinyTask, fit
 
@@ -25,7 +25,9 @@ def loggers(choice: str, directory: Path) -> list:
 
 
 def run(choice: str, directory: Path) -> float:
-    trainer = fit(TinyTask(), directory, logger=loggers(choice, directory) or False)
+    config = {"model": {"width": 12, "sizes": [[32], [64]]}, "resume": None}
+    stamp = CheckpointStamp(config=config)
+    trainer = fit(TinyTask(), directory, stamp, logger=loggers(choice, directory) or False)
     return float(trainer.callback_metrics["val/map"])
 
 
@@ -35,6 +37,7 @@ def test_csv(tmp_path):
         rows = list(csv.DictReader(file))
     assert float([row["val/map"] for row in rows if row["val/map"]][-1]) == pytest.approx(figure, rel=1e-5)
     assert len([row for row in rows if row["train/loss"]]) == 12
+    assert "width: 12" in (tmp_path / "csv" / "hparams.yaml").read_text()
 
 
 def test_tensorboard(tmp_path):
@@ -54,11 +57,13 @@ def test_wandb_offline(tmp_path, monkeypatch):
     import wandb
 
     run("wandb", tmp_path)
+    run("wandb", tmp_path / "second")  # as the next trial of a sweep: a run of its own
     wandb.finish()
+    assert len(list((tmp_path / "second" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
     content = files[0].read_bytes()
-    assert b"val/map" in content and b"orchard-fcos" in content
+    assert b"val/map" in content and b"orchard-fcos" in content and b"width" in content
 
 
 @pytest.mark.slow
@@ -67,9 +72,11 @@ def test_mlflow(tmp_path):
     figure = run("mlflow", tmp_path)
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         values = store.execute("select value from metrics where key = 'val/map' order by step").fetchall()
+        settings = dict(store.execute("select key, value from params").fetchall())
         names = store.execute("select name from experiments").fetchall()
     assert len(values) == 2 and values[-1][0] == pytest.approx(figure, rel=1e-5)
     assert ("orchard-fcos",) in names
+    assert settings["model/width"] == "12"
 
 
 def test_many_and_none(tmp_path):

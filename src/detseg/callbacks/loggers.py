@@ -21,6 +21,9 @@ def wandb_logger(
 ) -> WandbLogger:
     """Return a Weights & Biases logger that works without a login: the run then stays on disk.
 
+    The run of the logger that this function returned before is closed: Lightning would go on with it, and all trials
+    of a sweep would end up in one run.
+
     Args:
         save_dir: directory in which ``wandb/`` is made.
         project: project on the dashboard.
@@ -33,7 +36,8 @@ def wandb_logger(
     if offline is None:
         offline = not has_wandb_login()
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    _close_last()
+    logger = WandbLogger(
         project=project,
         name=name,
         group=group,
@@ -43,6 +47,20 @@ def wandb_logger(
         mode="offline" if offline else None,  # Lightning sets a variable alone, which wandb.login has read already
         log_model=log_model and not offline,
     )
+    _returned[:] = [logger]
+    return logger
+
+
+_returned: list[WandbLogger] = []
+"""The logger returned last."""
+
+
+def _close_last() -> None:
+    """Close its run, unless it never began or was closed already."""
+    import wandb
+
+    if wandb.run is not None and any(logger._experiment is wandb.run for logger in _returned):
+        wandb.finish()
 
 
 def has_wandb_login() -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning as L
 
-from detseg.stamp import STAMP_KEY, make_stamp
+from detseg.stamp import STAMP_KEY, make_stamp, plain
 
 
 class CheckpointStamp(L.Callback):
     """Write into every checkpoint what ``detseg.load`` needs to rebuild the model, and where it came from.
 
-    The stamp (``detseg.stamp.make_stamp``) lies under the key ``"detseg"``.
+    The stamp (``detseg.stamp.make_stamp``) lies under the key ``"detseg"``. Every logger gets the config too, so that a
+    dashboard can sort and group runs by its keys.
 
     Args:
         config: the whole resolved config as plain values. Default: the task's ``config``, which ``detseg.build`` sets.
@@ -23,6 +24,12 @@ class CheckpointStamp(L.Callback):
 
     def __init__(self, *, config: Mapping[str, Any] | None = None) -> None:
         self.config = config
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell the loggers the config."""
+        config = _first("config", self, pl_module)
+        for logger in trainer.loggers if config is not None else []:
+            logger.log_hyperparams(plain(config, "config"))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the stamp."""
