@@ -15,7 +15,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, Pattern, upright_size
+from detseg.data.files import FileData, Pattern, below, upright_size
 from detseg.ops import rle
 
 
@@ -144,7 +144,7 @@ def _add_images(
         sized = entry.get("height") and entry.get("width")
         annotated = (int(entry["height"]), int(entry["width"])) if sized else None
         size = upright_size(path, annotated, builder.report)
-        rows[number] = builder.add_image(str(path.relative_to(root)), number, size)
+        rows[number] = builder.add_image(below(root, path), number, size)
     return rows
 
 

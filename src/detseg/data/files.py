@@ -240,3 +240,8 @@ def upright_size(path: Path, annotated: tuple[int, int] | None, report: Report) 
             )
         report.add("image_size", f"{path.name}: annotated {annotated}, file {size} (height, width)")
     return size
+
+
+def below(root: Path, path: Path) -> str:
+    """Return ``path`` as the store keeps it: relative to ``root``, or absolute where it lies elsewhere."""
+    return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())

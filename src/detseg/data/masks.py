@@ -15,7 +15,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, Pattern
+from detseg.data.files import FileData, Pattern, below
 from detseg.data.image import SUFFIXES, image_size
 from detseg.data.maps import Map, check_map, segments
 from detseg.structures.maps import IGNORE_INDEX
@@ -136,22 +136,23 @@ class MaskFolder(FileData):
         return builder
 
     def _add(self, builder: StoreBuilder, number: int, image: Path, file: Path) -> None:
-        size, name = image_size(image), str(image.relative_to(self.root))
+        size, name = image_size(image), below(self.root, image)
         if self.holds == "classes":
             check_map(file, size, np.flatnonzero(self._allowed()).tolist())
-            builder.add_image(name, number, size, map_file=str(file.relative_to(self.root)))
+            builder.add_image(name, number, size, map_file=below(self.root, file))
             return
         row, divisor = builder.add_image(name, number, size), self.instance_divisor
         values = check_map(file, size, None)
         skipped = np.unique(values[values < divisor]).tolist() if divisor else [0]
         for value, box, code in segments(values, skip=skipped):
             category = value // divisor if divisor else 1
-            if category not in builder.known:
+            listed = self._object_names() if self.values is None or not divisor else self.values
+            if category not in listed:
                 raise DataError(
-                    f"{file}: value {value} is of class {category}; allowed are {sorted(self._object_names())} "
+                    f"{file}: value {value} is of class {category}; allowed are {sorted(listed)} "
                     f"(value // {divisor}). List it in data.values, with a class or with null to leave it out"
                 )
-            if self.values is None or divisor is None or self.values[category] is not None:
+            if listed[category] is not None:
                 builder.add(RawObject(row, box, category, f"object {value}", code=code))
 
     def _pairs(self, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -205,4 +206,4 @@ class MaskFolder(FileData):
             return {1: name}
         if self.values is None:
             return dict(enumerate(self.wanted_objects or (), start=1))
-        return {value: name if name is not None else f"ignored {value}" for value, name in self.values.items()}
+        return {value: name for value, name in self.values.items() if name is not None}

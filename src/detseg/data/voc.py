@@ -17,8 +17,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, upright_size
-from detseg.data.image import read_map
+from detseg.data.files import FileData, below, upright_size
 from detseg.data.maps import check_map, identity_labels, segments
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -145,7 +144,7 @@ class Voc(FileData):
             builder.report.add("missing_image", str(self.root / "JPEGImages" / f"{stem}.*"))
             return
         size = upright_size(image, _size(tree), builder.report)
-        file = str(image.relative_to(self.root))
+        file = below(self.root, image)
         if self.truth == "boxes":
             row = builder.add_image(file, number, size)
             for place, item in enumerate(tree.iter("object") if tree is not None else ()):
@@ -157,7 +156,7 @@ class Voc(FileData):
             return
         values = check_map(classes, size, {*range(len(names) + 1), IGNORE_INDEX})
         if self.truth == "semantic":
-            builder.add_image(file, number, size, map_file=str(classes.relative_to(self.root)))
+            builder.add_image(file, number, size, map_file=below(self.root, classes))
             return
         row = builder.add_image(file, number, size)
         for found in self._instances(row, stem, size, values, names, tree):
@@ -175,8 +174,9 @@ class Voc(FileData):
         file = self.root / "SegmentationObject" / f"{stem}.png"
         listed = list(tree.iter("object")) if tree is not None else []
         found = []
-        for value, box, code in segments(check_map(file, size, None), skip=(0, IGNORE_INDEX)):
-            inside = classes[read_map(file) == value]
+        objects = check_map(file, size, None)
+        for value, box, code in segments(objects, skip=(0, IGNORE_INDEX)):
+            inside = classes[objects == value]
             counts = np.bincount(inside[(inside > 0) & (inside != IGNORE_INDEX)], minlength=1)
             if counts.sum() == 0:
                 raise DataError(f"{file}: object {value} covers no pixel that has a class in SegmentationClass")

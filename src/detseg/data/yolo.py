@@ -15,7 +15,7 @@ import yaml
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError, both_lists
-from detseg.data.files import FileData, upright_size
+from detseg.data.files import FileData, below, upright_size
 from detseg.data.image import SUFFIXES
 
 
@@ -96,7 +96,7 @@ class Yolo(FileData):
                 builder.report.add("missing_image", str(image))
                 continue
             size = upright_size(image, None, builder.report)
-            file = str(image.relative_to(self.root)) if image.is_relative_to(self.root) else str(image)
+            file = below(self.root, image)
             row, labels = builder.add_image(file, number, size), label_path(image)
             for item in _read_labels(labels, row, size, sorted(names), builder) if labels.is_file() else ():
                 builder.add(item)
