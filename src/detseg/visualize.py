@@ -81,7 +81,7 @@ def draw_detections(
     *,
     min_score: float = 0.0,
     scale: int = 1,
-    opacity: float = 0.4,
+    opacity: float = 0.3,
 ) -> Picture:
     """Draw boxes, masks where there are any, and labels with scores; the best detection lies on top.
 
@@ -107,7 +107,7 @@ def draw_target(
     class_names: Sequence[str] | None = None,
     *,
     scale: int = 1,
-    opacity: float = 0.4,
+    opacity: float = 0.3,
 ) -> Picture:
     """Draw the truth: its semantic map if it has one, otherwise boxes and masks; crowd regions are hatched.
 
