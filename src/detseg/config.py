@@ -6,7 +6,7 @@ import datetime as dt
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +98,10 @@ def config_error(error: Exception, overrides: Sequence[str], *, name: str = "tra
     said: str | None = None
     try:
         with _hydra(name):
+            known = compose(name, return_hydra_config=True).hydra.runtime.choices
+            groups = {path: names for path, names in config_groups().items() if _is_choice(path, known)}
             said = explain(
-                overrides, compose=lambda choices: compose(name, ["paths=notebook", *choices]), groups=config_groups()
+                overrides, compose=lambda choices: compose(name, ["paths=notebook", *choices]), groups=groups
             )
     except (HydraException, OmegaConfBaseException):
         log.debug("no suggestion, the rest does not compose either", exc_info=True)
@@ -132,6 +134,11 @@ def config_groups() -> dict[str, list[str]]:
             groups[path] = loader.get_group_options(path, ObjectType.CONFIG)
             pending.append(path)
     return {path: choices for path, choices in groups.items() if choices}
+
+
+def _is_choice(group: str, known: Iterable[str]) -> bool:
+    """Say whether a verb's config chooses from ``group``; its choices are named ``group`` or ``group@package``."""
+    return any(str(name).partition("@")[0] == group for name in known)
 
 
 def check_targets(node: Any, *, prefixes: Sequence[str] = CONFIG_PREFIXES, path: str = "") -> None:
@@ -177,6 +184,11 @@ def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objec
     """
     import hydra.utils
 
+    if "_target_" not in node:
+        raise ConfigError(
+            f"{path} has no _target_: numbers are set for something that is not chosen (or is misspelt); choose its "
+            f"group's file, as in callbacks=[default,ema], or remove it with {path}=null"
+        )
     check_targets(node, prefixes=[*CONFIG_PREFIXES, *(f"{package.rstrip('.')}." for package in allow)], path=path)
     try:
         build_node: Callable[..., Any] = hydra.utils.instantiate(node, _convert_="all", _partial_=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import sys
@@ -14,6 +15,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError, Run, build, build_trainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +65,7 @@ def train(cfg: DictConfig) -> Outcome:
     run = build(cfg)
     if run.trainer.is_global_zero:
         write_run_files(run.cfg, directory)
+        log.info(describe(run))
     run.trainer.fit(run.task, datamodule=run.data, ckpt_path=cfg.resume, weights_only=True)
     best = best_checkpoint(run)
     if cfg.evaluate_after and best is not None:
@@ -76,6 +80,17 @@ def train(cfg: DictConfig) -> Outcome:
         class_names=run.task.class_names,
         checkpoint=best,
         files=[path for path in (directory / "pictures", directory / "metrics.json") if path.exists()],
+    )
+
+
+def describe(run: Run) -> str:
+    """Return one line about a run: its model, its data, its directory."""
+    count = sum(value.numel() for value in run.task.model.parameters())
+    names = run.task.class_names
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"{type(run.task.model).__name__} ({count / 1e6:.2f} million parameters) on {type(run.data).__name__} "
+        f"({len(names)} classes: {shown}) in {run.cfg.paths.output_dir}"
     )
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 def flat_keys(cfg: DictConfig) -> list[str]:
@@ -25,7 +25,7 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     scores = {
         name: max(
             difflib.SequenceMatcher(None, word, name).ratio(),
-            0.95 * difflib.SequenceMatcher(None, last, name.rsplit(".", 1)[-1]).ratio(),
+            0.85 * difflib.SequenceMatcher(None, last, name.rsplit(".", 1)[-1]).ratio(),
         )
         for name in names
     }
@@ -83,10 +83,9 @@ def _meant(names: Sequence[str]) -> str:
 
 
 def _walk(node: Any, prefix: str) -> Iterable[str]:
-    if not isinstance(node, dict | DictConfig):
-        assert not isinstance(node, ListConfig)
+    if not isinstance(node, dict):
         return
     for key, value in node.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
+        path = f"{prefix}.{key}" if prefix else f"{key}"
         yield path
         yield from _walk(value, path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -48,8 +49,18 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
     register_resolvers()
-    sys.argv = ["detseg train", *arguments]  # hydra.main reads the command line itself
+    sys.argv = ["detseg train", *arguments, *_trial_names(arguments)]  # hydra.main reads the command line itself
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(train_one)()
+
+
+def _trial_names(arguments: Sequence[str]) -> list[str]:
+    """Return the override by which a sweep's directories are named after what varies alone."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return []
+    texts = [text for text in arguments if "=" in text and not text.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(texts)
+    fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
 
 
 def train_one(cfg: DictConfig) -> float | None:

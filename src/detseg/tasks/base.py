@@ -127,7 +127,7 @@ class Task(L.LightningModule):
         outputs = self.model(self._images(batch), batch.sizes, batch.targets)
         terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()
-        logging = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        logging = (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0
         if logging or loss.device.type == "cpu":
             self._check_finite(loss, terms, batch)
         if logging:  # half a millisecond per figure, whatever the interval: so only when it is due
@@ -136,11 +136,15 @@ class Task(L.LightningModule):
             self.log_dict(named, on_step=True, on_epoch=False, prog_bar=False, batch_size=len(batch))
         return loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> list[Prediction]:
+    def validation_step(  # type: ignore[override]  # Lightning passes lists on to callbacks as well
+        self, batch: Batch, batch_index: int
+    ) -> list[Prediction]:
         """Return the predictions in the photos' own pixels, one per image, for callbacks."""
         return self._evaluation_step(batch, batch_index, "val")
 
-    def test_step(self, batch: Batch, batch_index: int) -> list[Prediction]:
+    def test_step(  # type: ignore[override]  # Lightning passes lists on to callbacks as well
+        self, batch: Batch, batch_index: int
+    ) -> list[Prediction]:
         """Return the predictions in the photos' own pixels, one per image, for callbacks."""
         return self._evaluation_step(batch, batch_index, "test")
 

@@ -1,0 +1,217 @@
+"""Train, evaluate and predict from the command line, on a tiny Orchard, with all that they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.testing import assert_close
+
+from detseg.cli.main import main
+
+TINY = [
+    "trainer=cpu",
+    "data.train_images=4",
+    "data.val_images=3",
+    "data.test_images=2",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.image_size=64",
+    "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+]
+
+
+def only_run(directory: Path) -> Path:
+    """Return the newest run directory below ``directory``/runs."""
+    return max((path.parent for path in directory.glob("runs/*/*/environment.json")), key=lambda path: path.name)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train Mask R-CNN and U-Net once for this file; return their run directories."""
+    runs = {}
+    for model in ("mask_rcnn_small", "unet_small"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp(model))
+            assert main(["train", f"model={model}", *TINY]) == 0
+            runs[model] = only_run(Path.cwd())
+    return runs
+
+
+def checkpoint(run: Path) -> str:
+    return str(run / "checkpoints" / "best.ckpt")
+
+
+class TestTrain:
+    def test_leaves_config_environment_figures_pictures_and_checkpoints(self, trained: dict[str, Path]):
+        run = trained["unet_small"]
+        resolved = yaml.safe_load((run / "resolved.yaml").read_text())
+        assert resolved["model"]["num_classes"] == 5 and resolved["seed"] == 1
+        environment = json.loads((run / "environment.json").read_text())
+        assert (
+            environment["versions"]["torch"] == torch.__version__.partition("+")[0] or environment["versions"]["torch"]
+        )
+        assert {"commit", "command", "platform"} <= environment.keys()
+        rows = list(csv.DictReader((run / "csv" / "metrics.csv").open()))
+        assert [row for row in rows if row["val/miou"]] and [row for row in rows if row["train/loss"]]
+        assert list((run / "pictures").glob("*.png"))
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+    def test_figures_of_the_end_are_those_of_the_best_checkpoint(self, trained: dict[str, Path]):
+        run = trained["unet_small"]
+        figures = json.loads((run / "metrics.json").read_text())
+        rows = list(csv.DictReader((run / "csv" / "metrics.csv").open()))
+        logged = next(float(row["val/miou"]) for row in rows if row["val/miou"])
+        assert figures["miou"] == pytest.approx(logged, abs=1e-6) and 0 <= figures["iou/grass"] <= 1
+
+    def test_a_run_directory_is_its_name_and_id(self, trained: dict[str, Path]):
+        run = trained["mask_rcnn_small"]
+        assert run.parent.name == "orchard-mask_rcnn_small" and len(run.name) == 24
+
+    def test_resume_goes_on_and_init_from_starts_anew(
+        self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        last = trained["unet_small"] / "checkpoints" / "last.ckpt"
+        before = torch.load(last, weights_only=True)
+        quick = [*TINY, "callbacks.images=null", "evaluate_after=false", "model=unet_small"]
+        assert main(["train", *quick, f"resume={last}", "trainer.max_epochs=2", "name=resumed"]) == 0
+        after = torch.load(only_run(in_tmp) / "checkpoints" / "last.ckpt", weights_only=True)
+        assert (before["global_step"], after["global_step"]) == (2, 4)
+        assert main(["train", *quick, f"init_from={last}", "trainer.max_epochs=1", "name=anew"]) == 0
+        anew = torch.load(next(in_tmp.glob("runs/anew/*/checkpoints/last.ckpt")), weights_only=True)
+        assert anew["global_step"] == 2 and anew["epoch"] == before["epoch"]
+        capsys.readouterr()
+
+    def test_sweep_has_a_directory_per_trial_named_by_what_varies(self, in_tmp: Path):
+        quick = [*TINY, "callbacks=none", "logger=none", "trainer.limit_train_batches=1", "data.val_images=1"]
+        assert main(["train", "-m", "model=unet_small", "seed=1,2", *quick]) == 0
+        trials = sorted(path.parent for path in in_tmp.glob("runs/*/*/*/resolved.yaml"))
+        assert [trial.name for trial in trials] == ["seed=1", "seed=2"] and trials[0].parent == trials[1].parent
+        assert [yaml.safe_load((trial / "resolved.yaml").read_text())["seed"] for trial in trials] == [1, 2]
+
+
+class TestEvaluate:
+    def test_boxes_and_masks_in_cocos_format(self, trained: dict[str, Path], in_tmp: Path):
+        """Read back by pycocotools against a truth file: what it says is what the table says."""
+        assert main(["evaluate", f"ckpt={checkpoint(trained['mask_rcnn_small'])}"]) == 0
+        run = only_run(in_tmp)
+        rows = json.loads((run / "predictions.json").read_text())
+        assert rows and {"image_id", "category_id", "bbox", "score", "segmentation"} == rows[0].keys()
+        assert all(len(row["bbox"]) == 4 and 0 <= row["score"] <= 1 for row in rows)
+        assert {row["image_id"] for row in rows} <= {0, 1, 2}
+        assert rows[0]["segmentation"]["size"] == [64, 64] and isinstance(rows[0]["segmentation"]["counts"], str)
+        figures = json.loads((run / "metrics.json").read_text())
+        trained_figures = json.loads((trained["mask_rcnn_small"] / "metrics.json").read_text())
+        assert figures["map"] == pytest.approx(trained_figures["map"]) and "mask_map" in figures
+        assert figures["loss"] == pytest.approx(trained_figures["loss"])
+
+    def test_another_split_of_other_data(self, trained: dict[str, Path], in_tmp: Path):
+        ckpt = checkpoint(trained["mask_rcnn_small"])
+        assert main(["evaluate", f"ckpt={ckpt}", "split=test", "data.eval_batch_size=1"]) == 0
+        other = ["data=orchard", "data.image_size=64", "data.val_images=1", "data.num_workers=0"]
+        assert main(["evaluate", f"ckpt={ckpt}", *other, "name=other"]) == 0
+        resolved = yaml.safe_load(next(in_tmp.glob("runs/other/*/resolved.yaml")).read_text())
+        assert resolved["data"]["truth"] == "instances" and resolved["data"]["train_images"] == 800
+        assert resolved["data"]["eval_transform"]["_target_"].endswith("DetectionEval")
+
+    def test_maps_as_index_pngs(self, trained: dict[str, Path], in_tmp: Path):
+        assert main(["evaluate", f"ckpt={checkpoint(trained['unet_small'])}"]) == 0
+        rows = json.loads((only_run(in_tmp) / "predictions.json").read_text())
+        maps = [np.asarray(Image.open(row["map"])) for row in rows]
+        assert [row["image_id"] for row in rows] == [0, 1, 2]
+        assert all(labels.shape == (64, 64) and labels.max() <= 4 for labels in maps)
+
+
+class TestPredict:
+    @pytest.fixture
+    def photos(self, in_tmp: Path) -> Path:
+        folder = in_tmp / "photos"
+        folder.mkdir()
+        for name, size in (("a.png", (80, 60)), ("b.JPG", (48, 96))):
+            noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / name)
+        (folder / "notes.txt").write_text("no photo")
+        return folder
+
+    def test_a_folder_of_photos_in_their_own_pixels(self, trained: dict[str, Path], photos: Path, in_tmp: Path):
+        ckpt = checkpoint(trained["mask_rcnn_small"])
+        assert main(["predict", f"ckpt={ckpt}", f"source={photos}", "threshold=0.0"]) == 0
+        run = next(in_tmp.glob("runs/predict/*"))
+        rows = json.loads((run / "predictions.json").read_text())
+        assert {Path(row["file"]).name for row in rows} <= {"a.png", "b.JPG"} and rows
+        assert {row["category"] for row in rows} <= {"apple", "pear", "orange"}
+        sizes = {Path(row["file"]).name: row["segmentation"]["size"] for row in rows}
+        assert all(sizes[name] == {"a.png": [60, 80], "b.JPG": [96, 48]}[name] for name in sizes)
+        assert {path.name for path in (run / "pictures").iterdir()} == {"a.png", "b.png"}
+
+    def test_a_glob_and_maps(self, trained: dict[str, Path], photos: Path, in_tmp: Path):
+        source = f"source='{photos}/*.png'"
+        assert main(["predict", f"ckpt={checkpoint(trained['unet_small'])}", source, "pictures=false"]) == 0
+        (row,) = json.loads(next(in_tmp.glob("runs/predict/*/predictions.json")).read_text())
+        assert np.asarray(Image.open(row["map"])).shape == (60, 80)
+        assert not list(in_tmp.glob("runs/predict/*/pictures"))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "arguments, code, said",
+        [
+            (["train", "model=unet_small", "trainer.max_epoch=1"], 2, "Did you mean trainer.max_epochs"),
+            (["train", "model=unett_small"], 2, "Did you mean unet_small"),
+            (["train", "model=unet_small", "resume=nowhere.ckpt"], 2, "resume=nowhere.ckpt: there is no such file"),
+            (["train", "model=unet_small", "data.truth=boxen"], 1, "data.truth='boxen'"),
+            (["evaluate", "ckpt=nowhere.ckpt"], 2, "nowhere.ckpt does not exist"),
+            (["evaluate"], 2, "which checkpoint?"),
+            (["evaluate", "-m", "ckpt=a"], 2, "takes key=value and --help, not -m"),
+            (["predict", "ckpt=a.ckpt"], 2, "needs source=..."),
+            (["predict", "ckpt=a.ckpt", "source=nowhere"], 2, "source=nowhere: no such file"),
+            (["predict", "ckpt=a.ckpt", "sauce=x"], 2, "Did you mean source?"),
+        ],
+    )
+    def test_one_line_and_an_exit_code(
+        self, arguments: list[str], code: int, said: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        assert main(arguments) == code
+        text = capsys.readouterr().err
+        assert said in text and "Traceback" not in text and text.startswith("detseg: ")
+
+    def test_another_number_of_classes(
+        self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        ckpt = checkpoint(trained["unet_small"])
+        assert main(["train", "model=mask_rcnn_small", *TINY, f"init_from={ckpt}"]) == 1
+        said = capsys.readouterr().err
+        assert "5 classes" in said and "3" in said and "drop_head=true" in said
+
+
+def test_same_seed_gives_bitwise_equal_losses(in_tmp: Path):
+    """Two whole runs, augmentation and validation included, against a third from another seed."""
+    import detseg
+
+    losses = []
+    for seed in (1, 1, 2):
+        cfg = detseg.load_config("model=fcos_small", f"seed={seed}", *TINY, "trainer.max_epochs=2", "callbacks=none")
+        run = detseg.build(cfg)
+        run.trainer.fit(run.task, run.data)
+        rows = list(csv.DictReader((Path(cfg.paths.output_dir) / "csv" / "metrics.csv").open()))
+        losses.append([(row["train/loss"], row["val/loss"]) for row in rows])
+        values = [float(value) for pair in losses[-1] for value in pair if value]
+        assert len(values) == 6 and all(math.isfinite(value) for value in values)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_stamp_rebuilds_the_trained_model(trained: dict[str, Path]):
+    import detseg
+
+    predictor = detseg.load(checkpoint(trained["unet_small"]))
+    saved = torch.load(checkpoint(trained["unet_small"]), weights_only=True)["state_dict"]
+    for name, value in predictor.model.named_parameters():
+        assert_close(value.detach(), saved[f"model.{name}"], rtol=0, atol=0)
