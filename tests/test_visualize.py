@@ -85,6 +85,17 @@ def test_semantic_map_is_tinted_hatched_and_explained() -> None:
     np.testing.assert_array_equal(visualize.draw_target(GREY, target, NAMES)[:200].shape, GREY.shape)
 
 
+def test_background_stays_clear() -> None:
+    labels = torch.zeros((200, 240), dtype=torch.int64)
+    labels[:, 100:] = 1
+    picture = visualize.draw_semantic(GREY, SemanticMap(labels), ["background", "cell"], opacity=1.0)
+    np.testing.assert_array_equal(picture[:200, :100], 100)
+    np.testing.assert_array_equal(picture[100, 150], visualize.colour(1))
+    assert not (picture[200:] == visualize.colour(0)).all(axis=2).any(), "nor does the legend name it"
+    only = visualize.draw_semantic(GREY, SemanticMap(labels * 0), ["background", "cell"])
+    np.testing.assert_array_equal(only[:200], GREY)
+
+
 def test_legend_breaks_into_lines() -> None:
     entries = [(f"class number {k}", visualize.colour(k)) for k in range(12)]
     font = font_for(GREY)

@@ -30,6 +30,8 @@ PALETTE = (
     (213, 94, 0), (0, 158, 115), (86, 180, 233), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0),
     (136, 34, 85), (68, 170, 153), (170, 68, 153), (51, 34, 136), (153, 153, 51), (136, 204, 238), (17, 119, 51),
 )  # fmt: skip
+BACKGROUND = "background"
+"""Name of the class that readers give to pixels without an object; it is not tinted."""
 LEGIBLE = 320
 """Pixels of the shorter side below which ``draw`` enlarges an image, so that labels can be read."""
 
@@ -137,7 +139,7 @@ def draw_semantic(
     opacity: float = 0.55,
     legend: bool = True,
 ) -> Picture:
-    """Tint each pixel with the colour of its class; pixels without a class are hatched.
+    """Tint each pixel with the colour of its class; pixels without a class are hatched, ``background`` stays clear.
 
     Args:
         image: as for :func:`draw`.
@@ -155,10 +157,12 @@ def draw_semantic(
     table = np.array(PALETTE, np.float32)
     tint = table[np.where(void, 0, labels) % len(PALETTE)]  # (H, W, 3)
     tint[void] = np.where(_stripes(picture)[void][:, None], 230, 40)
-    picture = (picture + (tint - picture) * opacity + 0.5).astype(np.uint8)
+    clear = [label for label, name in enumerate(class_names or ()) if name == BACKGROUND]
+    opacities = np.where(np.isin(labels, clear), 0, opacity).astype(np.float32)[..., None]  # (H, W, 1)
+    picture = (picture + (tint - picture) * opacities + 0.5).astype(np.uint8)
     if not legend:
         return np.asarray(picture, np.uint8)
-    present = torch.from_numpy(np.unique(labels[~void]))
+    present = torch.from_numpy(np.setdiff1d(labels[~void], clear))
     entries = list(zip(_names(present, class_names), map(colour, present.tolist()), strict=True))
     if void.any():
         entries.append(("no class", (150, 150, 150)))
@@ -207,7 +211,10 @@ def save(picture: Picture, path: str | Path) -> Path:
     """Write a picture, making its directory; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    if path.suffix.lower() == ".png":
+        Image.fromarray(picture).save(path, compress_level=1)  # a third of the time, a third larger
+    else:
+        Image.fromarray(picture).save(path)
     return path
 
 

@@ -199,7 +199,7 @@ def test_wide_pairs_are_made_smaller() -> None:
     target = Target(boxes=torch.zeros((0, 4)), labels=torch.zeros(0, dtype=torch.int64))
     image = np.full((500, 1000, 3), 7, np.uint8)
     picture = pair(Shown(image, target, Detections.empty()), ["a"], 0.3)
-    assert picture.shape[1] == WIDEST and 320 < picture.shape[0] < 350
+    assert picture.shape[1] == WIDEST and 240 < picture.shape[0] < 265
 
 
 def test_impossible_settings_are_refused() -> None:

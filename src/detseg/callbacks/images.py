@@ -15,7 +15,7 @@ from detseg.callbacks.overlays import Shown, send
 from detseg.lettering import Picture
 from detseg.structures import Batch, Detections, SemanticMap
 
-WIDEST = 1280
+WIDEST = 960
 """Pixels of a truth-and-prediction pair; wider ones are made smaller."""
 
 
