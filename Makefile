@@ -2,8 +2,8 @@
 # A setting may be given on the command line: make train ARGS="model=unet_small data.image_size=96"
 
 # The first interpreter that pyproject.toml's requires-python accepts.
-PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,$(shell \
-	$(name) -c 'import sys; (3, 11) <= sys.version_info[:2] < (3, 14) and print("$(name)")' 2>/dev/null)))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$name && break; done)
 VENV   ?= .venv
 ARGS   ?=
 # One process per core with one thread each: two processes with two threads each slow one another 10 to 60 times.
@@ -20,8 +20,8 @@ help: ## show what can be made
 setup: $(STAMP) ## create .venv and install the package with every pinned dependency
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "detseg needs Python 3.11, 3.12 or 3.13; none is on PATH. Try: make setup PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { python="$(PYTHON)"; test -n "$$python" && $$python -m venv $(VENV); } || \
+		{ echo "detseg needs Python 3.11, 3.12 or 3.13 with venv. Try: make setup PYTHON=/path/to/python3.12"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 

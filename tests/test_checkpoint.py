@@ -171,10 +171,15 @@ def test_building_from_plain_values():
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", sorted(path.stem for path in (REPO / "conf" / "model").glob("*_small.yaml")))
 def test_a_real_run_can_be_loaded(choice, in_tmp):
-    """From config through Trainer and checkpoint to a prediction, for every family."""
+    """From config through Trainer, averaged weights and checkpoint to a prediction, for every family."""
     images = ["data.train_images=16", "data.val_images=4", "data.batch_size=4", "data.num_workers=0"]
     cfg = detseg.load_config(
-        f"model={choice}", *images, "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"
+        f"model={choice}",
+        "callbacks=[default,ema]",
+        *images,
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=2",
+        "trainer.accelerator=cpu",
     )
     run = detseg.build(cfg)
     run.trainer.fit(run.task, run.data)

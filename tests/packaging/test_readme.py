@@ -39,12 +39,14 @@ def test_there_are_commands_for_everything():
 
 
 def test_every_model_and_experiment_has_a_row():
-    rows = set(re.findall(r"^\| `([\w]+)` \|", README, flags=re.MULTILINE))
+    rows = set(re.findall(r"^\| `(\w+)`(?: \+ `_small`)? \|", README, flags=re.MULTILINE))
     models = {card.name for card in detseg.models.available() if not card.name.endswith("_small")}
     assert models <= rows
     measured = {name for name in EXPERIMENTS if name.startswith(("orchard_", "bccd_", "dsb2018_"))}
     assert measured <= rows
-    for name in models:
+    paired = [name for name in models if f"| `{name}` + `_small` |" in README]
+    assert len(paired) >= 5
+    for name in paired:
         assert (REPO / "conf" / "model" / f"{name}_small.yaml").is_file()
 
 
