@@ -161,18 +161,20 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
     clipped[:, 0::2].clamp_(0, size[1])
     clipped[:, 1::2].clamp_(0, size[0])
     sides = clipped[:, 2:] - clipped[:, :2]  # (N, 2)
-    before = _box_areas(target.boxes)
+    area = target.area * _box_areas(clipped) / _box_areas(target.boxes).clamp(min=1e-6)  # (N,) grows and is cut alike
     visible = _box_areas(clipped) / _box_areas(boxes).clamp(min=1e-6)  # (N,) in [0, 1]
     masks = parts["masks"].as_subclass(Tensor) if "masks" in parts else None  # (N, H, W)
     kept = (sides >= min_side).all(dim=1) & (visible >= min_visible)
     if masks is not None and min_side > 0:  # evaluation keeps every object
-        doubtful = (kept & ((visible < 1) | (sides < 8).any(dim=1))).nonzero()[:, 0]  # looking at all masks is slow
+        doubtful = (kept & ((visible < 0.999) | (sides < 8).any(dim=1))).nonzero()[:, 0]  # looking at all masks is slow
         kept[doubtful] = masks[doubtful].flatten(1).any(dim=1)
+        for row in (kept & (visible < 0.999)).nonzero()[:, 0].tolist():
+            clipped[row] = _mask_box(masks[row])  # of an L that lost its foot, the clipped box is too large
     changed = replace(
         target,
         boxes=clipped,
         masks=masks,
-        area=target.area * (_box_areas(clipped) / before.clamp(min=1e-6)),
+        area=area,
         size=size,
         semantic=_semantic(target.semantic, parts),
         panoptic=_panoptic(target.panoptic, parts),
@@ -182,6 +184,12 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
 
 def _box_areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
+
+
+def _mask_box(mask: Tensor) -> Tensor:
+    """Return xyxy ``(4,)`` around the pixels of ``mask`` (H, W), which is not empty."""
+    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+    return torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
 
 
 def _semantic(semantic: SemanticMap | None, parts: dict[str, Any]) -> SemanticMap | None:
