@@ -139,7 +139,5 @@ def _stamped_data(stamp: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data section that a checkpoint was trained with."""
     data = (stamp.get("config") or {}).get("data")
     if not data:
-        raise ConfigError(
-            "the checkpoint's stamp names no data (a model built by hand); choose some: data=<choice>"
-        )
+        raise ConfigError("the checkpoint's stamp names no data (a model built by hand); choose some: data=<choice>")
     return dict(data)

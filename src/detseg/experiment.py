@@ -56,14 +56,14 @@ def train(cfg: DictConfig) -> Outcome:
     import torch
 
     directory = Path(cfg.paths.output_dir)
-    if (directory / "resolved.yaml").exists():
+    if is_first_process() and (directory / "resolved.yaml").exists():
         raise ConfigError(f"{directory} holds a run already, and nothing is overwritten; choose another name")
     for key in ("resume", "init_from"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
             raise FileNotFoundError(f"{key}={cfg[key]}: there is no such file (looked from {Path.cwd()})")
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     run = build(cfg)
-    if run.trainer.is_global_zero:
+    if is_first_process():
         write_run_files(run.cfg, directory)
         log.info(describe(run))
     run.trainer.fit(run.task, datamodule=run.data, ckpt_path=cfg.resume, weights_only=True)
@@ -71,7 +71,7 @@ def train(cfg: DictConfig) -> Outcome:
     if cfg.evaluate_after and best is not None:
         measure(run, best)
     figures = run.task.results.get("val", {})
-    if run.trainer.is_global_zero:
+    if is_first_process():
         write_json(directory / "metrics.json", figures)
     return Outcome(
         directory=directory,
@@ -81,6 +81,13 @@ def train(cfg: DictConfig) -> Outcome:
         checkpoint=best,
         files=[path for path in (directory / "pictures", directory / "metrics.json") if path.exists()],
     )
+
+
+def is_first_process() -> bool:
+    """Say whether this process is the one that writes and prints, of a run that may have several."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def describe(run: Run) -> str:

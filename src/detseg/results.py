@@ -34,8 +34,8 @@ def result_rows(
         row = {
             **first,
             "category_id": int(category_ids[label]),
-            "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-            "score": round(score, 6),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
         }
         if class_names:
             row["category"] = class_names[label]

@@ -30,7 +30,7 @@ TINY = [
 
 
 def only_run(directory: Path) -> Path:
-    """Return the newest run directory below ``directory``/runs."""
+    """Return the run directory with the latest id below ``directory``/runs."""
     return max((path.parent for path in directory.glob("runs/*/*/environment.json")), key=lambda path: path.name)
 
 
@@ -100,7 +100,6 @@ class TestTrain:
 
 class TestEvaluate:
     def test_boxes_and_masks_in_cocos_format(self, trained: dict[str, Path], in_tmp: Path):
-        """Read back by pycocotools against a truth file: what it says is what the table says."""
         assert main(["evaluate", f"ckpt={checkpoint(trained['mask_rcnn_small'])}"]) == 0
         run = only_run(in_tmp)
         rows = json.loads((run / "predictions.json").read_text())

@@ -66,6 +66,26 @@ class TestSteps:
         with pytest.raises(FloatingPointError, match=r"step 0 .*loss_classification nan, loss_box .* images 41.*lower"):
             trainer(tmp_path).fit(task, loader(batch([target(41)])))
 
+    def test_evaluation_samples_alike_and_leaves_trainings_random_numbers_alone(self):
+        """Two-stage losses draw samples: the figure must not depend on what ran before, nor training on validation."""
+        task, seen = make(), []
+        task.log_dict = lambda figures, **_: seen.append(float(figures["val/loss_box"]))  # type: ignore[method-assign]
+        plain = task.model.loss
+        task.model.loss = lambda *given: plain(*given) | {"loss_box": torch.rand(())}  # type: ignore[method-assign]
+        state = torch.get_rng_state()
+        for index in (0, 1, 0):
+            task.validation_step(batch([target(index)]), index)
+        assert seen[0] == seen[2] != seen[1]
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_channels_last_changes_the_layout_alone(self):
+        plain, last = make(), make(channels_last=True)
+        last.model.load_state_dict(plain.model.state_dict())
+        images = torch.rand(2, 3, 16, 16)
+        assert last.model.backbone["body"].weight.is_contiguous(memory_format=torch.channels_last)
+        outputs = [task.model(images.contiguous(memory_format=task.layout)).scores for task in (plain, last)]
+        assert_close(outputs[0], outputs[1])
+
     def test_steps_return_predictions_in_the_photos_own_pixels(self):
         task = make(FakeDetector(answer=found((0, 0, 8, 4))))
         task.log_dict = lambda *_, **__: None  # type: ignore[method-assign]

@@ -49,8 +49,17 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
     register_resolvers()
-    sys.argv = ["detseg train", *arguments, *_trial_names(arguments)]  # hydra.main reads the command line itself
-    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(train_one)()
+    typed = sys.argv
+
+    def run(cfg: DictConfig) -> float | None:
+        sys.argv = [typed[0], "train", *arguments]  # what Lightning repeats where a run needs several processes
+        return train_one(cfg)
+
+    sys.argv = [typed[0], *arguments, *_trial_names(arguments)]  # hydra.main reads the command line itself
+    try:
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(run)()
+    finally:
+        sys.argv = typed
 
 
 def _trial_names(arguments: Sequence[str]) -> list[str]:
@@ -66,7 +75,7 @@ def _trial_names(arguments: Sequence[str]) -> list[str]:
 def train_one(cfg: DictConfig) -> float | None:
     """Train once and print what came out; a sweeper gets the figure that the task optimises."""
     from detseg.cli.show import show
-    from detseg.experiment import train
+    from detseg.experiment import is_first_process, train
 
     _quiet()
     try:
@@ -75,7 +84,8 @@ def train_one(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper goes on, and raises at the end
             raise
         raise SystemExit(_fail(error)) from error  # Hydra would print lines of its own
-    show(outcome)
+    if is_first_process():
+        show(outcome)
     return outcome.figures.get(outcome.monitor)
 
 

@@ -47,8 +47,8 @@ class Task(L.LightningModule):
         mode: ``"max"`` or ``"min"``: which end of ``monitor`` is better.
         backbone_lr_scale: learning rate of the backbone's body relative to the rest.
         decay_one_dimensional: weight decay on norms and biases too.
-        channels_last: keep images and weights with the channels innermost, which speeds up depthwise bodies on a CPU and
-            convolutions on a GPU; results differ by rounding alone.
+        channels_last: keep images and weights with the channels innermost, which speeds up depthwise bodies on a CPU
+            and convolutions on a GPU; results differ by rounding alone.
 
     Raises:
         ValueError: the model's number of classes is not that of the names, or ``mode`` is neither word.
