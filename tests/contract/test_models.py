@@ -6,7 +6,6 @@ The paper's forms are large: they get what one forward and backward pass can sho
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -30,7 +29,7 @@ NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 SMALL = [name for name in NAMES if name.endswith("_small")]
 SIZES = torch.tensor([[32, 64], [25, 50]])  # valid height and width; both images are padded to 32 x 64
 NORM_OR_DROPOUT = ("Norm", "Dropout", "DropPath")
-STEPS = 400  # two images must be known by heart after so many
+STEPS = 240  # two images must be known by heart after so many
 
 
 @cache
@@ -254,7 +253,8 @@ def test_two_images_are_learnt_by_heart(name: str) -> None:
     batch, targets = pair(truth(name))
     sizes = torch.tensor([[128, 128]] * 2)
     model = build(name).train()
-    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-3)
+    rate = 1e-2 if truth(name) == "semantic" else 1e-3  # a narrow U-Net with batch norm bears more, and starts slowly
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=rate)
     reached: dict[str, float] = {}
     for step in range(1, STEPS + 1):
         terms = model.loss(model(batch, sizes, targets), targets)
@@ -264,7 +264,6 @@ def test_two_images_are_learnt_by_heart(name: str) -> None:
         optimizer.step()
         if step % 40 == 0:
             reached = figures(name, model, batch, sizes, targets)
-            print(name, step, reached, time.process_time())
             if min(reached.values()) >= 0.9:
                 return
     raise AssertionError(f"{name} after {STEPS} steps on two images: {reached}, wanted 0.9")
