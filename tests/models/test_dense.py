@@ -30,10 +30,10 @@ def _target(boxes: list[list[int]], crowd: list[bool]) -> Target:
 
 
 def test_the_best_of_every_group_stay_in_order() -> None:
-    scores = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.8, 0.04])
-    group = torch.tensor([1, 0, 0, 1, 0, 0])
-    assert best_per_group(scores, group, 2, threshold=0.05).tolist() == [1, 4, 3, 0]
-    assert best_per_group(scores, group, 9, threshold=0.6).tolist() == [1, 4, 3]
+    scores = torch.tensor([0.9, 0.5, 0.8, 0.04, 0.1, 0.7])
+    group = torch.tensor([0, 0, 0, 0, 3, 3])
+    assert best_per_group(scores, group, 2, threshold=0.05).tolist() == [0, 2, 5, 4]
+    assert best_per_group(scores, group, 9, threshold=0.6).tolist() == [0, 2, 5]
     assert best_per_group(scores, group, 2, threshold=1.0).tolist() == []
 
 
