@@ -40,3 +40,9 @@ def test_the_bar_is_for_terminals(monkeypatch):
 def test_figures_that_do_not_exist_are_left_out_and_nan_is_not_a_number():
     figures = {"b": torch.tensor(float("nan")), "a": torch.tensor(0.12345), "c": torch.tensor(1.0)}
     assert format_figures(figures, ("a", "b", "missing")) == "a 0.1235  b n/a"
+
+
+def test_figures_of_an_earlier_validation_are_not_printed_again(tmp_path, capsys):
+    fit(TinyTask(), tmp_path, progress_bar(bar=False), epochs=3, check_val_every_n_epoch=2)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert ["val/map" in line for line in lines] == [False, True, False]

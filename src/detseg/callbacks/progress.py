@@ -38,6 +38,7 @@ class LineProgress(ProgressBar):
         self.shown = tuple(shown)
         self._enabled = True
         self._started = 0.0
+        self._validated = False
 
     def enable(self) -> None:
         """Print again."""
@@ -49,13 +50,18 @@ class LineProgress(ProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started, self._validated = time.perf_counter(), False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that this epoch has figures of its own; those of an earlier one are not printed again."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the epoch's line, validation included."""
+        """Print the epoch's line, with the figures of a validation where it had one."""
         if self._enabled:
             last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-            line = format_figures(trainer.callback_metrics, self.shown)
+            shown = [name for name in self.shown if self._validated or not name.startswith("val/")]
+            line = format_figures(trainer.callback_metrics, shown)
             seconds = time.perf_counter() - self._started
             print(f"epoch {trainer.current_epoch + 1}{last}  {line}  {seconds:.1f} s", flush=True)
 

@@ -76,7 +76,8 @@ class PanopticMap(TensorFields):
             )
         if self.labels.shape != self.is_thing.shape or self.labels.ndim != 1:
             raise ValueError(
-                f"PanopticMap: labels {tuple(self.labels.shape)} and is_thing {tuple(self.is_thing.shape)} must both be (S,)"
+                f"PanopticMap: labels {tuple(self.labels.shape)} and is_thing {tuple(self.is_thing.shape)} "
+                "must both be (S,)"
             )
         if self.segments.device.type == "cpu" and self.segments.numel() and int(self.segments.max()) > len(self.labels):
             raise ValueError(f"PanopticMap: a pixel names segment {int(self.segments.max())} of {len(self.labels)}")
