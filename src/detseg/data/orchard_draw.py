@@ -33,7 +33,7 @@ EMPTY_SHARE = 0.05
 """Share of images without any fruit."""
 
 _COUNTS = (0.14, 0.18, 0.18, 0.16, 0.13, 0.10, 0.07, 0.04)  # of 1..8 fruit, given that there is any
-_SMALLEST, _LARGEST = 0.048, 0.22  # radius of a fruit's body: 12 to 56 px across at 128 px
+_SMALLEST, _LARGEST = 0.066, 0.22  # radius of a fruit's body: 17 to 56 px across at 128 px, less where hidden
 
 
 @dataclass(frozen=True)
