@@ -87,5 +87,6 @@ def test_semantic_logs_iou_per_class(tmp_path: Path):
     task = make(tasks.SemanticSegmentation, FakeSegmenter(), ["apple", "pear", "plum"])
     logged = validate(task, target, tmp_path)
     assert logged["val/iou/pear"] == pytest.approx(0.75) and logged["val/iou/apple"] == 0
+    assert logged["val/dice/pear"] == pytest.approx(2 * 0.75 / 1.75)  # Dice = 2 IoU / (1 + IoU)
     assert "val/iou/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
     assert logged["val/pixel_accuracy"] == pytest.approx(0.75)

@@ -14,7 +14,7 @@ from detseg.tasks.base import Task, per_class, scalars
 
 
 class SemanticSegmentation(Task):
-    """Semantic segmentation: logs ``miou`` and its relatives from one confusion matrix, and ``iou/<class>``."""
+    """Semantic segmentation: logs ``miou`` and its relatives from one confusion matrix, ``iou/<class>``, ``dice/<class>``."""
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return mean IoU over the whole split."""
@@ -27,6 +27,7 @@ class SemanticSegmentation(Task):
         metrics["pixel"].update(predictions, truths)
 
     def name_figures(self, values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-        """Return the figures over all classes, and IoU per class."""
+        """Return the figures over all classes, and IoU and Dice per class."""
         pixel = values["pixel"]
-        return {**scalars(pixel), **per_class(pixel["iou_per_class"], self.class_names, "iou")}
+        classes = {kind: per_class(pixel[f"{kind}_per_class"], self.class_names, kind) for kind in ("iou", "dice")}
+        return {**scalars(pixel), **classes["iou"], **classes["dice"]}
