@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from detseg.models.dense import best_per_group, conv_tower, flatten_level, one_width
@@ -108,3 +109,24 @@ def test_a_map_of_any_type_is_scored_in_single_precision() -> None:
     assert {term.dtype for term in terms.values()} == {torch.float32}
     found = model.predict(outputs, torch.tensor([[64, 64]]))[0]
     assert found.scores.dtype == torch.float32 and found.boxes.dtype == torch.float32
+
+
+def test_forward_exports_with_any_batch_size_and_leaves_the_model_as_it_was() -> None:
+    class Heads(nn.Module):
+        def __init__(self, model: FCOS) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            outputs = self.model(images)
+            return outputs.logits, outputs.regression, outputs.quality
+
+    model, images = _fcos(), torch.rand(3, 3, 64, 64)
+    exported = torch.export.export(
+        Heads(model), (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    ).module()
+    outputs = model(images)
+    for found, wanted in zip(exported(images), Heads(model)(images), strict=True):
+        assert_close(found, wanted)
+    assert outputs.lattice.boxes.tolist()[0] == [-4.0, -4.0, 4.0, 4.0]  # numbers, not an export's stand-ins
+    assert len(model.predict(outputs, torch.tensor([[64, 64]] * 3))) == 3

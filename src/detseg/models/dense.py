@@ -75,13 +75,23 @@ class DenseOutputs:
         logits: ``(B, N, K)`` of the classes.
         regression: ``(B, N, 4)``, in the coder's terms.
         quality: ``(B, N)`` logits of how good a box is, such as FCOS's centreness, or ``None``.
-        lattice: the references.
+        references: lays the references over the levels.
+        image_size: (height, width) of the padded images.
+        feature_sizes: (rows, columns) of each level.
     """
 
     logits: Tensor
     regression: Tensor
     quality: Tensor | None
-    lattice: Lattice
+    references: References
+    image_size: tuple[int, int]
+    feature_sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def lattice(self) -> Lattice:
+        """The references of one image; laid when asked for, so that an export of ``forward`` has the network alone."""
+        strides = tuple(grid_strides(self.image_size, self.feature_sizes))
+        return build_lattice(self.references, self.feature_sizes, strides, self.logits.device)
 
 
 @dataclass
@@ -169,11 +179,10 @@ class DenseDetector(nn.Module, ABC):
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> DenseOutputs:
         """Run the network on ``(B, 3, H, W)`` RGB in [0, 1]; ``targets`` are not read. See ``Detector.forward``."""
         levels = self.backbone(self.normalize(images, sizes))  # L x (B, C, H / s, W / s)
-        feature_sizes = tuple((int(level.shape[2]), int(level.shape[3])) for level in levels)
-        strides = tuple(grid_strides((images.shape[2], images.shape[3]), feature_sizes))
-        lattice = build_lattice(self.references, feature_sizes, strides, images.device)
         logits, regression, quality = self.head(levels)  # (B, N, K), (B, N, 4), (B, N) or None
-        return DenseOutputs(logits, regression, quality, lattice)
+        feature_sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
+        size = images.shape[2], images.shape[3]
+        return DenseOutputs(logits, regression, quality, self.references, size, feature_sizes)
 
     def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
         """Return ``loss_classification`` and the terms of the paper's ``box_terms``, scalars; see ``Detector.loss``."""

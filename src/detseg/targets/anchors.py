@@ -71,8 +71,9 @@ class AnchorGenerator:
                 f"{len(feature_sizes)} and the strides {len(strides)}; give one list of anchor sizes per level"
             )
         levels = zip(feature_sizes, strides, self.sizes, self.ratios, strict=True)
+        lay = _grid.__wrapped__ if torch.compiler.is_compiling() else _grid  # an export's tensors hold no numbers
         return [
-            _grid((int(size[0]), int(size[1])), stride if isinstance(stride, tuple) else (stride, stride), s, r, device)
+            lay((int(size[0]), int(size[1])), stride if isinstance(stride, tuple) else (stride, stride), s, r, device)
             for size, stride, s, r in levels
         ]
 

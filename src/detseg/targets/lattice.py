@@ -79,7 +79,6 @@ class Lattice:
         return len(self.boxes)
 
 
-@lru_cache(maxsize=64)
 def build_lattice(
     references: References,
     feature_sizes: tuple[tuple[int, int], ...],
@@ -94,6 +93,17 @@ def build_lattice(
         strides: (y, x) pixels between the cells of each level.
         device: where the boxes shall live.
     """
+    build = _build.__wrapped__ if torch.compiler.is_compiling() else _build  # an export's tensors hold no numbers
+    return build(references, feature_sizes, strides, device)
+
+
+@lru_cache(maxsize=64)
+def _build(
+    references: References,
+    feature_sizes: tuple[tuple[int, int], ...],
+    strides: tuple[tuple[int, int], ...],
+    device: torch.device | str,
+) -> Lattice:
     # A tensor born in inference mode may not be saved for backward, and this one outlives the mode.
     with torch.inference_mode(False), torch.no_grad():
         levels = references(feature_sizes, strides, device)  # L x (H * W * A, 4)
