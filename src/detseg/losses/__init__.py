@@ -4,7 +4,7 @@ from detseg.losses.focal import FocalLoss, focal_loss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
-from detseg.losses.smooth_l1 import SmoothL1, smooth_l1
+from detseg.losses.smooth_l1 import SmoothL1
 
 __all__ = [
     "CIoULoss",
@@ -19,5 +19,4 @@ __all__ = [
     "dice_scores",
     "focal_loss",
     "separation_weights",
-    "smooth_l1",
 ]
