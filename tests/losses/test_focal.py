@@ -86,3 +86,11 @@ def test_wrong_shapes_and_numbers_are_refused() -> None:
         focal_loss(torch.zeros(4, 3), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"alpha is 1\.5"):
         FocalLoss(alpha=1.5)
+
+
+def test_the_sum_of_many_references_keeps_its_digits() -> None:
+    logits = torch.full((200_000, 8), -4.0)
+    labels = torch.full((200_000,), -1)
+    found = focal_loss(logits, labels, torch.ones(200_000))
+    wanted = focal_loss(logits[:1].double(), labels[:1]) * 200_000
+    assert_close(found.double(), wanted, rtol=2e-6, atol=0)
