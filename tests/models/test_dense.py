@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.testing import assert_close
 
 from detseg.models.dense import best_per_group, conv_tower, flatten_level, one_width
@@ -130,3 +132,37 @@ def test_forward_exports_with_any_batch_size_and_leaves_the_model_as_it_was() ->
         assert_close(found, wanted)
     assert outputs.lattice.boxes.tolist()[0] == [-4.0, -4.0, 4.0, 4.0]  # numbers, not an export's stand-ins
     assert len(model.predict(outputs, torch.tensor([[64, 64]] * 3))) == 3
+
+
+def _step(rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient of the head for some of two images, of which one has an object and one has three."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, images = _fcos(), torch.rand(2, 3, 64, 64)
+    corners = [[[4, 4, 30, 30]], [[0, 0, 20, 20], [30, 30, 60, 60], [34, 2, 60, 28]]]
+    targets = [_target(boxes, [False] * len(boxes)) for boxes in corners]
+    outputs = model(images[rows])
+    loss = torch.stack(list(model.loss(outputs, [targets[row] for row in rows]).values())).sum()
+    loss.backward()
+    with torch.no_grad():  # ranks may validate unequally often: no rank waits for another here
+        if rows == [0]:
+            model.loss(outputs, [targets[0]])
+    gradient = model.head.regression_head.bbox_reg.weight.grad
+    assert gradient is not None
+    return loss.detach(), gradient
+
+
+def _worker(rank: int, store: str, results: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.save(_step([rank]), f"{results}{rank}")
+    distributed.destroy_process_group()
+
+
+def test_ranks_divide_by_all_positives_so_that_two_are_like_one(tmp_path: Path) -> None:
+    arguments = str(tmp_path / "store"), str(tmp_path / "rank")
+    multiprocessing.start_processes(_worker, arguments, nprocs=2, start_method="fork")  # spawn imports torch anew
+    (first, own), (second, other) = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    loss, gradient = _step([0, 1])
+    assert float(gradient.abs().max()) > 1e-4
+    assert_close((first + second) / 2, loss, rtol=1e-5, atol=0)
+    assert_close((own + other) / 2, gradient, rtol=1e-4, atol=1e-7)  # DDP averages so

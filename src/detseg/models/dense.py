@@ -198,10 +198,21 @@ class DenseDetector(nn.Module, ABC):
     def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
         """Return the loss terms of the positive references by name."""
 
-    @torch.no_grad()
     def assign(self, outputs: DenseOutputs, targets: list[Target]) -> Assignment:
         """Say what every reference of a batch shall learn; crowd regions are ignored."""
         lattice = outputs.lattice
+        matched, objects, classes = self._match(lattice, targets)  # (B, N), (G, 4), (G,)
+        rows = (matched.flatten() >= 0).nonzero()[:, 0]  # (P,)
+        box = matched.flatten()[rows]  # (P,)
+        labels = torch.full_like(matched.flatten(), -1)  # (B * N,)
+        labels[rows] = classes[box]
+        # Not under no_grad as the matching is: the normaliser asks whether gradients are wanted (see there).
+        scale = self._scale(rows // lattice.total, len(targets))
+        return Assignment(matched, rows, objects[box], labels, lattice.boxes[rows % lattice.total], scale)
+
+    @torch.no_grad()
+    def _match(self, lattice: Lattice, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the object of each reference ``(B, N)``, and boxes ``(G, 4)`` and classes ``(G,)`` of the objects."""
         taught = [learnable(target) for target in targets]
         objects, image = flat_boxes(taught, lattice)  # (G, 4), (G,)
         classes = torch.cat([target.labels for target in taught])  # (G,)
@@ -210,12 +221,7 @@ class DenseDetector(nn.Module, ABC):
             inside = inside_crowd(lattice.boxes, target, CROWD_OVERLAP)  # (N,)
             if inside is not None:
                 matched[index].masked_fill_(inside & (matched[index] < 0), BETWEEN)
-        rows = (matched.flatten() >= 0).nonzero()[:, 0]  # (P,)
-        box = matched.flatten()[rows]  # (P,)
-        labels = torch.full_like(matched.flatten(), -1)  # (B * N,)
-        labels[rows] = classes[box]
-        scale = self._scale(rows // lattice.total, len(targets))
-        return Assignment(matched, rows, objects[box], labels, lattice.boxes[rows % lattice.total], scale)
+        return matched, objects, classes
 
     def _scale(self, image: Tensor, batch: int) -> Tensor:
         count = torch.bincount(image, minlength=batch)  # (B,)
