@@ -69,7 +69,7 @@ def evaluate(cfg: DictConfig) -> Outcome:
     predictor = load(cfg.ckpt, allow=allow)
     data = instantiate(cfg.data, allow=allow, path="data")
     compare_classes(predictor.class_names, data.class_names, cfg.ckpt)
-    task = rebuild_task(predictor, read_stamp(cfg.ckpt), allow=allow)
+    task = rebuild_task(predictor, read_stamp(cfg.ckpt), allow=allow, voc_ap=cfg.voc_ap)
     directory = Path(cfg.paths.output_dir)
     writer = PredictionWriter(directory=directory, category_ids=data.category_ids)
     trainer = instantiate(
@@ -95,8 +95,20 @@ def evaluate(cfg: DictConfig) -> Outcome:
     )
 
 
-def rebuild_task(predictor: Predictor, stamp: Mapping[str, Any], *, allow: Sequence[str] = ()) -> Task:
-    """Return the task that a checkpoint was trained with, for measuring only, around its model."""
+def rebuild_task(
+    predictor: Predictor, stamp: Mapping[str, Any], *, allow: Sequence[str] = (), voc_ap: int | str | None = None
+) -> Task:
+    """Return the task that a checkpoint was trained with, for measuring only, around its model.
+
+    Args:
+        predictor: of the checkpoint.
+        stamp: of the checkpoint.
+        allow: packages allowed beside detseg's own list.
+        voc_ap: 2007 or 2010 measures VOC's AP too; ``None`` does what the training did.
+
+    Raises:
+        ConfigError: the stamp has no task, or one without boxes for ``voc_ap``.
+    """
     import torch
 
     node = ((stamp.get("config") or {}).get("task")) or {}
@@ -109,6 +121,7 @@ def rebuild_task(predictor: Predictor, stamp: Mapping[str, Any], *, allow: Seque
         model=predictor.model,
         optimizer=partial(torch.optim.SGD, lr=0.0),
         class_names=predictor.class_names,
+        **({} if voc_ap is None else {"voc_ap": voc_ap}),
     )
     return task
 

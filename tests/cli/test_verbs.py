@@ -100,7 +100,7 @@ class TestTrain:
 
 class TestEvaluate:
     def test_boxes_and_masks_in_cocos_format(self, trained: dict[str, Path], in_tmp: Path):
-        assert main(["evaluate", f"ckpt={checkpoint(trained['mask_rcnn_small'])}"]) == 0
+        assert main(["evaluate", f"ckpt={checkpoint(trained['mask_rcnn_small'])}", "voc_ap=2007"]) == 0
         run = only_run(in_tmp)
         rows = json.loads((run / "predictions.json").read_text())
         assert rows and {"image_id", "category_id", "bbox", "score", "segmentation"} == rows[0].keys()
@@ -110,6 +110,7 @@ class TestEvaluate:
         figures = json.loads((run / "metrics.json").read_text())
         trained_figures = json.loads((trained["mask_rcnn_small"] / "metrics.json").read_text())
         assert figures["map"] == pytest.approx(trained_figures["map"]) and "mask_map" in figures
+        assert "voc_map" in figures and "voc_map" not in trained_figures
         assert figures["loss"] == pytest.approx(trained_figures["loss"])
 
     def test_another_split_of_other_data(self, trained: dict[str, Path], in_tmp: Path):
@@ -120,6 +121,10 @@ class TestEvaluate:
         resolved = yaml.safe_load(next(in_tmp.glob("runs/other/*/resolved.yaml")).read_text())
         assert resolved["data"]["truth"] == "instances" and resolved["data"]["train_images"] == 800
         assert resolved["data"]["eval_transform"]["_target_"].endswith("DetectionEval")
+
+    def test_voc_ap_needs_boxes(self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]):
+        assert main(["evaluate", f"ckpt={checkpoint(trained['unet_small'])}", "voc_ap=2010"]) == 2
+        assert "voc_ap" in capsys.readouterr().err
 
     def test_maps_as_index_pngs(self, trained: dict[str, Path], in_tmp: Path):
         assert main(["evaluate", f"ckpt={checkpoint(trained['unet_small'])}"]) == 0

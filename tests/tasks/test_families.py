@@ -54,6 +54,24 @@ def test_one_stage_and_anchor_free_are_one_class_with_the_models_diagnostics(tmp
     assert logged["val/positives_p3"] == 2 and not [name for name in logged if "proposal" in name]
 
 
+def test_voc_ap_beside_coco_without_difficult_objects(tmp_path: Path):
+    """Two apples, one of them difficult and not found: VOC misses nothing, COCO misses one of two."""
+    target = truth((0, 0, 8), (8, 8, 8))
+    target.difficult[1] = True
+    model = FakeDetector(answer=answer((0, 0, 8)))
+    for style in (2007, "2010"):
+        task = tasks.Detection(
+            model=model, optimizer=SGD, class_names=NAMES, monitor="val/voc_map", mode="max", voc_ap=style
+        )
+        logged = validate(task, target, tmp_path)
+        assert logged["val/voc_map"] == logged["val/voc_map/apple"] == 1
+        assert logged["val/map"] == pytest.approx(51 / 101)  # recall 0.5 of 101 levels
+        assert task.results["val"]["voc_count"] == 1 and "val/voc_count" not in logged
+    with pytest.raises(ValueError, match="'2012'; it must be '2007'"):
+        tasks.Detection(model=model, optimizer=SGD, class_names=NAMES, monitor="val/map", voc_ap=2012)
+    assert not [name for name in validate(make(tasks.Detection, model), target, tmp_path) if "voc" in name]
+
+
 def test_two_stage_logs_what_the_proposals_cover(tmp_path: Path):
     model = FakeTwoStage(answer=answer((0, 0, 8)))
     logged = validate(make(tasks.TwoStageDetection, model), truth((0, 0, 8), (8, 8, 8)), tmp_path)
