@@ -76,6 +76,17 @@ def test_what_was_merely_imported_there_is_refused(path, where):
         "detseg.checkpoint.load",
         "torchvision.datasets.utils.download_url",
         "torchvision.io.write_file",
+        "torchvision.utils.save_image",
+        "timm.models.load_checkpoint",
+        "timm.models.load_state_dict_from_hf",
+        "timm.utils.CheckpointSaver",
+        "timm.data.create_dataset",
+        "detseg.experiment.train",
+        "detseg.experiment.write_json",
+        "detseg.results.write_map",
+        "detseg.visualize.save",
+        "detseg.draw",
+        "detseg.build",
     ],
 )
 def test_what_acts_instead_of_building_is_refused(path):

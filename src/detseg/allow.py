@@ -14,9 +14,19 @@ REFUSED_PREFIXES = (
     "detseg.checkpoint.",
     "detseg.cli.",
     "detseg.config.",
+    "detseg.evaluation.",
+    "detseg.experiment.",
+    "detseg.prediction.",
     "detseg.predictor.",
+    "detseg.results.",
+    "detseg.visualize.",
+    "timm.data.",
+    "timm.models._helpers.",
+    "timm.models._hub.",
+    "timm.utils.",
     "torchvision.datasets.",
     "torchvision.io.",
+    "torchvision.utils.",
 )
 """Inside those, what reads, writes or downloads files, or starts whole runs, instead of building a part of a model."""
 
