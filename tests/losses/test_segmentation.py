@@ -26,6 +26,14 @@ def test_cross_entropy_equals_torch(maps):
         assert_close(cross_entropy(logits, labels, class_weights=given), expected)
 
 
+def test_half_precision_is_summed_in_single():
+    logits = torch.randn(1, 3, 64, 65).bfloat16()
+    labels = torch.randint(0, 3, (1, 64, 65))
+    loss = cross_entropy(logits, labels)
+    assert loss.dtype == torch.float32
+    assert_close(loss, cross_entropy(logits.float(), labels), rtol=0, atol=0)
+
+
 def test_cross_entropy_is_the_mean_over_the_batch_not_over_images():
     logits = torch.zeros(2, 2, 1, 4)
     logits[0, 0] = math.log(3)  # probabilities 3/4, 1/4

@@ -34,6 +34,14 @@ def test_both_ways_equal_torchvision() -> None:
         assert_close(pasted[sure], (soft > 0.5)[sure])
 
 
+def test_mixed_precision_moves_no_edge() -> None:
+    masks, boxes = scene(30)
+    _, expected = both_paths(masks, boxes)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, pasted = both_paths(masks, boxes)
+    assert 0 < int(expected.sum()) and torch.equal(pasted, expected)
+
+
 def test_full_mask_fills_its_box() -> None:
     for pasted in both_paths(torch.ones(1, 28, 28), torch.tensor([[10.0, 20.0, 38.0, 48.0]])):
         expected = torch.zeros(SIZE, dtype=torch.bool)

@@ -38,6 +38,8 @@ def cross_entropy(
         pixel_weights: ``(B, H, W)``, w(x) of equation 1.
         ignore_index: label of pixels that do not count.
     """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # counts and sums of 1e6 pixels are beyond 8 or 11 bits
     valid = labels != ignore_index  # (B, H, W)
     losses = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=ignore_index, reduction="none")
     weights = valid.to(losses.dtype)  # (B, H, W)

@@ -55,6 +55,12 @@ def _paste_each(cells: Tensor, frames: Tensor, size: tuple[int, int], threshold:
 
 
 def _paste_together(cells: Tensor, frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the resampled masks ``(N, H, W)``; in full precision, as the edge of a mask hangs on the third digit."""
+    with torch.autocast(cells.device.type, enabled=False):  # it would make the products bfloat16 or float16
+        return _resample(cells, frames, size)
+
+
+def _resample(cells: Tensor, frames: Tensor, size: tuple[int, int]) -> Tensor:
     rows = _weights(frames[:, 1], frames[:, 3], size[0], cells.shape[-1])  # (N, H, S)
     columns = _weights(frames[:, 0], frames[:, 2], size[1], cells.shape[-1])  # (N, W, S)
     return rows @ cells @ columns.transpose(1, 2)  # (N, H, W)
