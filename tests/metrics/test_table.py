@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
-import pytest
 import torch
 
-from detseg.metrics import CocoAP, MeanIoU, table_rows, write_metrics
+from detseg.metrics import CocoAP, MeanIoU, table_rows
 from detseg.structures import Detections, SemanticMap, Target
 
 
@@ -52,13 +49,3 @@ def test_counts_of_several_metrics_stay_apart() -> None:
     figures = {"map": 0.5, "count": 9, "mask_quality": math.nan, "mask_quality_count": 0, "ar_100": math.nan}
     rows = dict(table_rows(figures | {"ar_count": 0}))
     assert rows == {"map": "0.5000", "mask_quality": "n/a (0 objects)", "ar_100": "n/a (0 objects)"}
-
-
-def test_json_has_null_for_what_is_not_a_number(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    write_metrics(path, coco() | {"loss": 0.5, "steps": 3}, ["apple", "pear"])
-    read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert read["map"] == pytest.approx(1) and read["map_large"] is None
-    assert read["count_large"] == 0 and isinstance(read["count_large"], int)
-    assert read["map_per_class"] == {"apple": pytest.approx(1), "pear": None}
-    assert (read["loss"], read["steps"]) == (0.5, 3)

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from detseg.config import CONFIG_MODULE, ConfigError, config_error, load_config, register_resolvers
+from detseg.config import CONFIG_MODULE, ConfigError, config_error, load_config, quoted, register_resolvers
 
 DEBUG = "DETSEG_DEBUG"
 """Environment variable; set, an error shows where it arose."""
@@ -49,9 +49,11 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
     register_resolvers()
+    arguments = quoted(arguments)
     typed = sys.argv
 
     def run(cfg: DictConfig) -> float | None:
+        """Train one trial; Hydra calls it."""
         sys.argv = [typed[0], "train", *arguments]  # what Lightning repeats where a run needs several processes
         return train_one(cfg)
 
@@ -140,11 +142,21 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
 
 
+def _said(error: Exception) -> str:
+    """Return an error's message; of one from a worker, to which torch adds the worker's traceback, its own part."""
+    text = str(error)
+    if not (text.startswith("Caught ") and "Original Traceback" in text):
+        return text
+    kind = type(error)
+    names = (f"{kind.__module__}.{kind.__qualname__}: ", f"{kind.__qualname__}: ")
+    return next((text.rpartition(f"\n{name}")[2].strip() for name in names if f"\n{name}" in text), text)
+
+
 def _fail(error: Exception) -> int:
     """Print an error in one line and return the exit code: 2 where what was asked for does not exist, else 1."""
     if os.environ.get(DEBUG):
         raise error
-    print(f"detseg: {error}", file=sys.stderr)
+    print(f"detseg: {_said(error)}", file=sys.stderr)
     if isinstance(error, ConfigError | FileNotFoundError):
         return 2
     print(f"({type(error).__name__}; {DEBUG}=1 shows where it arose)", file=sys.stderr)

@@ -52,11 +52,14 @@ def unpack(skeleton: bytes, buffers: dict[torch.dtype, Tensor]) -> Batch:
 
 
 class _Writer:
+    """Pickles a batch and sets its tensors aside, by type."""
+
     def __init__(self) -> None:
         self.tensors: dict[torch.dtype, list[Tensor]] = {}
         self._used: dict[torch.dtype, int] = {}
 
     def write(self, batch: Batch) -> bytes:
+        """Return the pickled batch, in which places stand for the tensors."""
         stream = io.BytesIO()
         pickler = pickle.Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place  # type: ignore[method-assign]  # the documented way without a subclass
@@ -73,11 +76,14 @@ class _Writer:
 
 
 class _Reader(pickle.Unpickler):
+    """Puts views of the buffers where the places stand."""
+
     def __init__(self, skeleton: bytes, buffers: dict[torch.dtype, Tensor]) -> None:
         super().__init__(io.BytesIO(skeleton))
         self._buffers = buffers
 
     def persistent_load(self, pid: _Place) -> Tensor:
+        """Return the tensor of a place; ``view`` raises where the buffer is too short."""
         dtype, start, shape = pid
         count = 1
         for side in shape:

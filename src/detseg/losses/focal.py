@@ -92,6 +92,7 @@ class _FocalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, alpha: float, gamma: float) -> Tensor:
+        """Return the sum, and keep the slope of every entry; see ``focal_loss``."""
         loss, slope = _loss_and_slope(logits, labels, alpha, gamma, slope=ctx.needs_input_grad[0])
         if slope is not None:
             ctx.save_for_backward(slope if weights is None else slope.mul_(weights[:, None]))
@@ -101,6 +102,7 @@ class _FocalLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Return the gradient of the logits ``(R, K)``."""
         (slope,) = ctx.saved_tensors
         return slope * gradient, None, None, None, None
 

@@ -9,7 +9,7 @@ from detseg.metrics.coco_ap import CocoAP
 from detseg.metrics.mask_quality import MaskQuality
 from detseg.metrics.mean_iou import MeanIoU
 from detseg.metrics.proposal_recall import ProposalRecall
-from detseg.metrics.table import table_rows, write_metrics
+from detseg.metrics.table import table_rows
 from detseg.metrics.voc_ap import VocAP
 
-__all__ = ["CocoAP", "MaskQuality", "MeanIoU", "ProposalRecall", "VocAP", "table_rows", "write_metrics"]
+__all__ = ["CocoAP", "MaskQuality", "MeanIoU", "ProposalRecall", "VocAP", "table_rows"]

@@ -33,6 +33,7 @@ class DictMetric(Metric):
 
         @functools.wraps(compute)
         def keep_shapes(*args: Any, **kwargs: Any) -> Any:
+            """Compute, and make the figures of one class ``(1,)`` again."""
             figures = wrapped(*args, **kwargs)
             return {key: value.reshape(-1) if key.endswith("_per_class") else value for key, value in figures.items()}
 

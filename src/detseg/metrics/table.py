@@ -1,16 +1,13 @@
-"""Figures for people and for files: rows of a table, and JSON in which n/a is null.
+"""Figures for people: rows of a table, in which n/a says how little there was to count.
 
 Figures may carry a prefix that ends in ``/`` or ``_``, such as ``val/`` or ``mask_``; their counts carry the same one.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,30 +40,6 @@ def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None =
     return rows
 
 
-def plain_figures(figures: Mapping[str, Value], class_names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return figures as plain numbers: NaN becomes ``None``, per-class figures dicts by class name."""
-    plain: dict[str, Any] = {}
-    for key, value in figures.items():
-        entries = {index: _plain(number) for index, number in _entries(value)}
-        if None in entries:
-            plain[key] = entries[None]
-        else:
-            plain[key] = {_name(index, class_names): number for index, number in entries.items() if index is not None}
-    return plain
-
-
-def write_metrics(path: Path, figures: Mapping[str, Value], class_names: Sequence[str] | None = None) -> None:
-    """Write figures as JSON; n/a is null, so that any reader can parse it.
-
-    Args:
-        path: the file to write, replaced where it exists.
-        figures: see ``table_rows``.
-        class_names: names by label.
-    """
-    text = json.dumps(plain_figures(figures, class_names), indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 def _entries(value: Value) -> Iterator[tuple[int | None, float | int]]:
     """Yield (None, number) of a scalar, (label, number) of a per-class tensor."""
     if isinstance(value, Tensor) and value.ndim:
@@ -77,10 +50,6 @@ def _entries(value: Value) -> Iterator[tuple[int | None, float | int]]:
 
 def _name(index: int, class_names: Sequence[str] | None) -> str:
     return str(index) if class_names is None else class_names[index]
-
-
-def _plain(number: float | int) -> float | int | None:
-    return number if math.isfinite(number) else None
 
 
 def _text(key: str, index: int | None, number: float | int, figures: Mapping[str, Value]) -> str:

@@ -207,7 +207,7 @@ def _load_timm(network: nn.Module, name: str, weights: str | Path) -> None:
 
 @torch.no_grad()
 def _cut(name: str, layers: dict[str, Any], strides: Sequence[int]) -> tuple[dict[int, str], list[int]]:
-    """Find the last layer at each stride by running a small image on the meta device, and the channels there."""
+    """Find the last layer at each stride by running a small black image, and the channels there."""
     last: dict[int, tuple[str, int]] = {}
     image = torch.zeros(1, 3, 64, 64)
     for layer, module in layers.items():

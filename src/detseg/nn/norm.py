@@ -63,5 +63,6 @@ class _FrozenNormAct(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ca
         self.tail = nn.Sequential(*_tail(norm))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised and activated maps ``(B, C, H, W)``."""
         result: Tensor = self.tail(super().forward(x))
         return result

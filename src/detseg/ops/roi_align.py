@@ -120,6 +120,7 @@ class _Bags(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Return ``(n, C)`` from the table ``(N, C)``, and rows and weights ``(n, T)``."""
         ctx.save_for_backward(index, weight)
         ctx.rows = len(table)
         return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
@@ -127,6 +128,7 @@ class _Bags(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the table ``(N, C)``."""
         index, weight = ctx.saved_tensors
         sorted_index, order = index.flatten().sort(stable=True)  # (R * P * P * T,)
         offsets = torch.searchsorted(sorted_index, torch.arange(ctx.rows))  # (N,)

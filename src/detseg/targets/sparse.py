@@ -37,6 +37,7 @@ class _Candidates(NamedTuple):
     iou: Tensor
 
     def take(self, index: Tensor) -> _Candidates:
+        """Return some of them."""
         return _Candidates(self.box[index], self.cell[index], self.iou[index])
 
 

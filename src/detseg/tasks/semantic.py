@@ -14,7 +14,7 @@ from detseg.tasks.base import Task, per_class, scalars
 
 
 class SemanticSegmentation(Task):
-    """Semantic segmentation: ``miou`` and its relatives from one confusion matrix, ``iou/<class>``, ``dice/<class>``."""
+    """Logs ``miou`` and its relatives from one confusion matrix, ``iou/<class>`` and ``dice/<class>``."""
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return mean IoU over the whole split."""
