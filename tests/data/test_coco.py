@@ -157,6 +157,12 @@ def test_the_check_runs_once_for_the_same_content(tmp_path: Path, monkeypatch: p
         ({"bbox": [1, 2, 3]}, ["annotation 0", "[1, 2, 3]", "4 numbers"]),
         ({"bbox": [1, 2, "x", 3]}, ["annotation 0", "'x'"]),
         ({"image_id": None}, ["annotation 0", "'image_id'"]),
+        ({"image_id": "im_0"}, ["annotation 0", "'im_0'", "whole numbers"]),
+        ({"category_id": 7.5}, ["annotation 0", "category_id 7.5", "whole numbers"]),
+        ({"area": "large"}, ["annotation 0", "area 'large'"]),
+        ({"segmentation": ["a", "b"]}, ["annotation 0", "['a', 'b']", "x1, y1"]),
+        ({"segmentation": [None]}, ["annotation 0", "[None]"]),
+        ({"segmentation": {"size": 48, "counts": [3072]}}, ["annotation 0", "size 48"]),
         ({"bbox": None, "segmentation": None}, ["annotation 0", "neither a bbox nor a segmentation"]),
     ],
 )
@@ -169,6 +175,27 @@ def test_what_cannot_be_repaired_names_file_id_and_value(
         read(tmp_path, content)
     for part in ["instances_train.json", *parts]:
         assert part in str(caught.value)
+
+
+def test_numbers_as_text_and_a_mark_at_the_start(tmp_path: Path) -> None:
+    """As some exports write them; ``bool("0")`` would make a crowd of every object."""
+    content = coco_entries(scenes())
+    for item in content["annotations"]:
+        item |= {key: str(item[key]) for key in ("id", "image_id", "category_id", "iscrowd", "area")}
+    content["annotations"][0]["iscrowd"] = "1"
+    file = write_coco(tmp_path, scenes(), content=content)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    data = Coco(root=tmp_path, val=None).dataset("train")
+    crowds = [flag for number in range(len(data)) for flag in data[number].target.iscrowd.tolist()]
+    assert crowds == [True] + [False] * (len(content["annotations"]) - 1)
+    assert data[0].target.labels.tolist() == scenes()[0].labels
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_lists_of_something_else(tmp_path: Path, key: str) -> None:
+    for wrong in (None, {"a": 1}, ["a"]):
+        with pytest.raises(DataError, match=rf"instances_train\.json: '{key}' must be a list"):
+            read(tmp_path, coco_entries(scenes()) | {key: wrong})
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

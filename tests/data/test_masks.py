@@ -93,6 +93,15 @@ def test_sixteen_bit_ids_give_objects(tmp_path: Path, truth: str) -> None:
             np.testing.assert_array_equal(target.semantic.labels.numpy(), scene.objects > 0)
 
 
+def test_images_that_share_a_name_and_values_the_wrong_way_round(tmp_path: Path) -> None:
+    write_maps(tmp_path, scenes())
+    Image.open(tmp_path / "train/images/001.png").save(tmp_path / "train/images/001.jpg")
+    with pytest.raises(DataError, match=r"001\.jpg and 001\.png share a name"):
+        MaskFolder(root=tmp_path, val=None, class_names=ALL).dataset("train")
+    with pytest.raises(ValueError, match=r"must be \{value: class\}.*background"):
+        MaskFolder(root=tmp_path, val=None, values={"background": 0})  # type: ignore[dict-item]
+
+
 def test_ids_that_carry_their_class(tmp_path: Path) -> None:
     write_maps(tmp_path, scenes())
     for number, scene in enumerate(scenes()):

@@ -59,6 +59,7 @@ def test_boxes_without_area_and_others_are_reported(tmp_path: Path) -> None:
     [
         ("<annotation><object>", "not XML"),
         ("<annotation><object><name>cup</name></object></annotation>", r"object 1 \(cup\) needs a bndbox"),
+        (f"<annotation><object>{BOX.format(1, 2, 3, 4)}</object></annotation>", "object 1 has no name"),
         (f"<annotation><object><name>cup</name>{BOX.format(1, 'x', 3, 4)}</object></annotation>", "'x'"),
     ],
 )
@@ -80,6 +81,20 @@ def test_lists_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "Annotations" / "train_1.xml").unlink()
     with pytest.raises(DataError, match=r"train_1\.xml: no such file"):
         Voc(root=tmp_path, val=None, class_names=NAMES).dataset("train")
+
+
+@pytest.mark.parametrize(("stem", "ending"), [("my té 1", ".png"), ("a.b", ".PNG"), ("c", ".bmp"), ("d", ".TIF")])
+def test_names_with_spaces_and_every_ending_that_can_be_read(tmp_path: Path, stem: str, ending: str) -> None:
+    write_voc(tmp_path, scenes())
+    image = tmp_path / "JPEGImages" / "train_0.png"
+    Image.open(image).save(image.with_name(f"{stem}{ending}"))
+    image.unlink()
+    (tmp_path / "Annotations" / "train_0.xml").rename(tmp_path / "Annotations" / f"{stem}.xml")
+    flagged = f"{stem}\r\ntrain_1  -1\r\ntrain_2\t1\r\n{stem} 0\r\n"  # as in the lists of one class
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(flagged.encode())
+    data = Voc(root=tmp_path, val=None, class_names=NAMES).dataset("train")
+    assert len(data) == 3 and data.report.count("missing_image") == 0
+    assert data[0].target.file == f"JPEGImages/{stem}{ending}" and data[0].target.labels.tolist() == scenes()[0].labels
 
 
 def test_semantic_maps_keep_palette_values_and_ignore_borders(tmp_path: Path) -> None:

@@ -66,6 +66,34 @@ def test_lines_beyond_repair_name_file_line_value_and_range(tmp_path: Path, line
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("names: {a: cup}", "number: name, got {'a': 'cup'}"),
+        ("names: [cup]\nnc: two", "nc is two, but there are 1 names"),
+        ("names: [cup]\ntrain: 5", "train: 5 is neither a folder nor a list"),
+        ("names: [cup]\ntrain: null", "Set data.train, to null where there is no such split"),
+    ],
+)
+def test_a_data_yaml_that_is_wrong_is_named(tmp_path: Path, text: str, part: str) -> None:
+    file = write_yolo(tmp_path, scenes()) / "data.yaml"
+    file.write_text(f"train: images/train\n{text}\n" if "train" not in text else text)
+    with pytest.raises(DataError) as caught:
+        Yolo(root=tmp_path, val=None).dataset("train")
+    assert str(file) in str(caught.value) and part in str(caught.value)
+
+
+def test_files_from_windows(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path, scenes())
+    label = root / "labels" / "train" / "000.txt"
+    label.write_bytes(b"\xef\xbb\xbf0 .5 .5 .25 .5\r\n\r\n1 .5 .5 .25 .5\r\n")
+    (root / "data.yaml").write_text(f"train: images\\train\nnames: [{', '.join(NAMES)}]\n")
+    assert Yolo(root=root, val=None).dataset("train")[0].target.labels.tolist() == [0, 1]
+    label.write_bytes(b"0 .5 .5 .25 .5 \xff\n")
+    with pytest.raises(DataError, match=r"000\.txt: not UTF-8"):
+        Yolo(root=root, val=None).dataset("train")
+
+
 def test_repairable_lines_are_reported(tmp_path: Path) -> None:
     lines = [
         "0 .5 .5 .25 .5", "0 .5 .5 .25 .5", "", "1 0 .5 .5 .5", "1 .5 .5 0 .5", "1 .5 .5 -.2 .5", "1 nan .5 .2 .5",

@@ -20,7 +20,7 @@ import numpy as np
 from detseg.data.check import Report
 from detseg.data.store import AnnotationStore
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever a store, or what the check does, changes, so that older files are not found."""
 
 log = logging.getLogger(__name__)

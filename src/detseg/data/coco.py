@@ -15,7 +15,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, Pattern, below, upright_size
+from detseg.data.files import FileData, Pattern, below, read_text, upright_size
 from detseg.ops import rle
 
 
@@ -96,10 +96,10 @@ class Coco(FileData):
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_text(file))
     except FileNotFoundError as error:
         raise DataError(f"{file}: no such file; set data.annotations") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise DataError(f"{file}: not JSON ({error})") from error
     missing = [key for key in ("images", "categories") if not isinstance(content, dict) or key not in content]
     if missing:
@@ -107,6 +107,10 @@ def _load(file: Path) -> dict[str, Any]:
         raise DataError(
             f"{file}: {missing} missing; a COCO file has images, annotations and categories, this is {kind}"
         )
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"{file}: {key!r} must be a list of objects {{...}}, it is {str(entries)[:80]}")
     return dict(content)
 
 
@@ -114,7 +118,7 @@ def _categories(file: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
     """Return own id -> name in the order of the ids."""
     found: dict[int, str] = {}
     for entry in entries:
-        number = int(_field(file, "category", entry, "id"))
+        number = _whole(file, "category", entry, "id")
         name = str(_field(file, f"category {number}", entry, "name"))
         if found.setdefault(number, name) != name:
             raise DataError(f"{file}: category id {number} stands for both {found[number]!r} and {name!r}")
@@ -128,7 +132,7 @@ def _add_images(
     rows: dict[int, int | None] = {}
     names: dict[int, str] = {}
     for entry in entries:
-        number = int(_field(file, "image", entry, "id"))
+        number = _whole(file, "image", entry, "id")
         name = str(_field(file, f"image {number}", entry, "file_name"))
         if number in rows:
             if names[number] != name:
@@ -142,18 +146,19 @@ def _add_images(
             rows[number] = None
             continue
         sized = entry.get("height") and entry.get("width")
-        annotated = (int(entry["height"]), int(entry["width"])) if sized else None
+        where = f"image {number}"
+        annotated = (_whole(file, where, entry, "height"), _whole(file, where, entry, "width")) if sized else None
         size = upright_size(path, annotated, builder.report)
         rows[number] = builder.add_image(below(root, path), number, size)
     return rows
 
 
 def _add_objects(builder: StoreBuilder, file: Path, entries: list[dict[str, Any]], rows: dict[int, int | None]) -> None:
-    seen: dict[Any, dict[str, Any]] = {}
+    seen: dict[str, dict[str, Any]] = {}
     for place, entry in enumerate(entries):
-        number = entry.get("id", f"number {place}")  # id 0 is as good as any
+        number = str(entry.get("id", f"number {place}"))  # id 0 is as good as any
         where = f"annotation {number}"
-        image_id = int(_field(file, where, entry, "image_id"))
+        image_id = _whole(file, where, entry, "image_id")
         if image_id not in rows:
             builder.report.add("unknown_image", f"{where}: image {image_id}")
             continue
@@ -172,17 +177,22 @@ def _object(file: Path, where: str, entry: dict[str, Any], row: int, size: tuple
     item = RawObject(
         image=row,
         box=_box(file, where, entry),
-        category=int(_field(file, where, entry, "category_id")),
+        category=_whole(file, where, entry, "category_id"),
         where=where,
-        iscrowd=bool(entry.get("iscrowd", 0)),
-        area=None if entry.get("area") is None else float(entry["area"]),
+        iscrowd=entry.get("iscrowd") is not None and _whole(file, where, entry, "iscrowd") != 0,
+        area=None if entry.get("area") is None else _number(file, where, entry, "area"),
     )
     shape = entry.get("segmentation")
     if isinstance(shape, dict):
         item.code = _code(file, where, shape, size)
     elif isinstance(shape, list):
         rings = shape if not shape or isinstance(shape[0], list) else [shape]
-        item.rings = [[float(value) for value in ring] for ring in rings]
+        try:
+            item.rings = [[float(value) for value in ring] for ring in rings]
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{file}: {where} has segmentation {str(shape)[:80]}; allowed are lists of numbers x1, y1, x2, y2, ..."
+            ) from error
     if item.box is None and not (item.code or item.rings):
         raise DataError(f"{file}: {where} has neither a bbox nor a segmentation")
     return item
@@ -201,7 +211,8 @@ def _box(file: Path, where: str, entry: dict[str, Any]) -> list[float] | None:
 
 def _code(file: Path, where: str, shape: dict[str, Any], size: tuple[int, int]) -> bytes:
     """Return a compressed run-length code of an image of ``size``, from either form."""
-    counts, coded = shape.get("counts"), tuple(shape.get("size", ()))
+    counts, listed = shape.get("counts"), shape.get("size")
+    coded = tuple(listed) if isinstance(listed, list) else listed
     if coded != size:
         raise DataError(f"{file}: {where} has a mask of size {coded}, but its image is {size} (height, width)")
     try:
@@ -214,6 +225,26 @@ def _code(file: Path, where: str, shape: dict[str, Any], size: tuple[int, int]) 
         return code
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{file}: {where} has a broken mask: {error}") from error
+
+
+def _number(file: Path, where: str, entry: dict[str, Any], key: str) -> float:
+    value = _field(file, where, entry, key)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file}: {where} has {key} {value!r}; allowed are numbers") from error
+
+
+def _whole(file: Path, where: str, entry: dict[str, Any], key: str) -> int:
+    """Return a whole number, which may be written as ``7``, ``7.0`` or ``"7"``."""
+    value = _field(file, where, entry, key)
+    try:
+        number = int(value)
+        if number != float(value):
+            raise ValueError(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{file}: {where} has {key} {value!r}; allowed are whole numbers") from error
+    return number
 
 
 def _field(file: Path, where: str, entry: dict[str, Any], key: str) -> Any:

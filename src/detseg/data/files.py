@@ -242,6 +242,19 @@ def upright_size(path: Path, annotated: tuple[int, int] | None, report: Report) 
     return size
 
 
+def read_text(file: Path) -> str:
+    """Return the content of a UTF-8 file, with or without the mark that Windows programs put first.
+
+    Raises:
+        DataError: it is of another encoding.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
 def below(root: Path, path: Path) -> str:
     """Return ``path`` as the store keeps it: relative to ``root``, or absolute where it lies elsewhere."""
     return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())

@@ -97,9 +97,11 @@ class MaskFolder(FileData):
             )
         if values is None and class_names is None:
             raise ValueError(
-                "MaskFolder: set data.values, such as {0: background, 255: person}, or data.class_names: what a value "
-                "stands for is not guessed"
+                "MaskFolder: set data.values, such as {0: background, 255: person} or, for maps of instance ids of one "
+                "class, {1: person}; or data.class_names: what a value stands for is not guessed"
             )
+        if not all(str(value).isdecimal() for value in values or {}):
+            raise ValueError(f"MaskFolder: values must be {{value: class}}, such as {{0: background}}, got {values}")
         self.images, self.masks, self.mask_suffix, self.holds = images, masks, mask_suffix, holds
         self.instance_divisor = instance_divisor
         self.values = None if values is None else {int(value): name for value, name in values.items()}
@@ -168,7 +170,11 @@ class MaskFolder(FileData):
         maps = {path.stem[: len(path.stem) - len(end)]: path for path in files}
         taken = set(maps.values())
         images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and path not in taken]
-        return {path.stem: path for path in images}, maps
+        found = {path.stem: path for path in images}
+        for path in images:
+            if found[path.stem] != path:
+                raise DataError(f"{path} and {found[path.stem].name} share a name, so a map cannot tell them apart")
+        return found, maps
 
     def _map_names(self) -> list[str]:
         """Return the class names in the order of their labels: of their lowest values, or as asked for."""

@@ -17,7 +17,8 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, below, upright_size
+from detseg.data.files import FileData, below, read_text, upright_size
+from detseg.data.image import SUFFIXES
 from detseg.data.maps import check_map, identity_labels, segments
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -101,7 +102,7 @@ class Voc(FileData):
         file = self.root / "ImageSets" / self.image_set / f"{self.split_names[split]}.txt"
         if not file.is_file():
             raise DataError(f"{file}: no such list; set data.image_set and the names of the splits")
-        stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        stems = [self._stem(line.strip()) for line in read_text(file).splitlines() if line.strip()]
         if not stems:
             raise DataError(f"{file}: names no image")
         return stems
@@ -191,8 +192,14 @@ class Voc(FileData):
         names = _names(self._tree(stem) for split in self.splits for stem in self.stems(split))
         return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
 
+    def _stem(self, line: str) -> str:
+        """Return the name in a line of a list, without the flag -1, 0 or 1 that the lists of one class have."""
+        name, *flag = line.rsplit(maxsplit=1)
+        return name if flag and flag[0] in ("-1", "0", "1") and self._image(line) is None else line
+
     def _image(self, stem: str) -> Path | None:
-        candidates = (self.root / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG"))
+        endings = (spelt for suffix in (".jpg", *sorted(SUFFIXES)) for spelt in (suffix, suffix.upper()))
+        candidates = (self.root / "JPEGImages" / f"{stem}{ending}" for ending in endings)
         return next((path for path in candidates if path.is_file()), None)
 
     def _xml(self, stem: str) -> Path:
@@ -212,19 +219,25 @@ class Voc(FileData):
 
 
 def _names(trees: Iterable[ElementTree.Element | None]) -> set[str]:
-    return {item.findtext("name", "").strip() for tree in trees if tree is not None for item in tree.iter("object")}
+    names = {item.findtext("name", "").strip() for tree in trees if tree is not None for item in tree.iter("object")}
+    return names - {""}  # an object without a name is an error where it is read
 
 
 def _size(tree: ElementTree.Element | None) -> tuple[int, int] | None:
     size = None if tree is None else tree.find("size")
     if size is None:
         return None
-    height, width = (int(float(size.findtext(key) or 0)) for key in ("height", "width"))
+    try:
+        height, width = (int(float(size.findtext(key) or 0)) for key in ("height", "width"))
+    except ValueError:  # the file's own size is used anyway
+        return None
     return (height, width) if height and width else None  # some tools write zeros
 
 
 def _object(file: Path, row: int, number: int, item: ElementTree.Element) -> RawObject:
     name, where = item.findtext("name", "").strip(), f"object {number}"
+    if not name:
+        raise DataError(f"{file}: {where} has no name; allowed are class names")
     box = item.find("bndbox")
     try:
         if box is None:

@@ -15,7 +15,7 @@ import yaml
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError, both_lists
-from detseg.data.files import FileData, below, upright_size
+from detseg.data.files import FileData, below, read_text, upright_size
 from detseg.data.image import SUFFIXES
 
 
@@ -104,7 +104,7 @@ class Yolo(FileData):
 
     def _content(self) -> dict[str, Any]:
         try:
-            content = yaml.safe_load(self.file.read_text())
+            content = yaml.safe_load(read_text(self.file))
         except FileNotFoundError as error:
             raise DataError(f"{self.file}: no such file; set data.root and data.file") from error
         except yaml.YAMLError as error:
@@ -118,10 +118,13 @@ class Yolo(FileData):
         content, key = self._content(), self.split_names[split]
         entries = content.get(key)
         if not entries:
-            raise DataError(f"{self.file}: no key {key!r} for split {split}; it has {list(content)}")
+            raise DataError(
+                f"{self.file}: no key {key!r} for split {split}; it has {list(content)}. "
+                f"Set data.{split}, to null where there is no such split"
+            )
         base = self.file.parent / str(content.get("path") or "")
         found: list[Path] = []
-        for entry in [entries] if isinstance(entries, str) else entries:
+        for entry in entries if isinstance(entries, list) else [entries]:
             place = next((path for path in _candidates(base, str(entry)) if path.exists()), None)
             if place is None:
                 raise DataError(f"{self.file}: {key}: {entry} is neither a folder nor a list below {base}")
@@ -140,6 +143,7 @@ def label_path(image: Path) -> Path:
 
 
 def _candidates(base: Path, entry: str) -> list[Path]:
+    entry = entry.replace("\\", "/")  # as Windows programs write it
     return [base / entry, base / entry.removeprefix("../")]
 
 
@@ -148,7 +152,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _listed(file: Path) -> list[Path]:
-    lines = [line.strip() for line in file.read_text().splitlines()]
+    lines = [line.strip() for line in read_text(file).replace("\\", "/").splitlines()]
     return [file.parent / line for line in lines if line]  # an absolute path stays as it is
 
 
@@ -159,8 +163,10 @@ def _names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise DataError(f"{file}: names must be a list of class names, or number: name, got {names!r}")
-    found = {int(number): str(name) for number, name in sorted(names.items())}
-    if content.get("nc") is not None and int(content["nc"]) != len(found):
+    if not all(isinstance(number, int) for number in names):
+        raise DataError(f"{file}: names must be a list of class names, or number: name, got {names!r}")
+    found = {number: str(name) for number, name in sorted(names.items())}
+    if content.get("nc") is not None and str(content["nc"]) != str(len(found)):
         raise DataError(f"{file}: nc is {content['nc']}, but there are {len(found)} names: {list(found.values())}")
     return found
 
@@ -169,7 +175,7 @@ def _read_labels(
     file: Path, row: int, size: tuple[int, int], numbers: list[int], builder: StoreBuilder
 ) -> Iterable[RawObject]:
     seen: set[str] = set()
-    for place, line in enumerate(file.read_text().splitlines(), start=1):
+    for place, line in enumerate(read_text(file).splitlines(), start=1):
         fields, where = line.split(), f"line {place} of {file.name}"
         if not fields:
             continue
