@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import detseg
 import tiny_models
 from detseg.allow import RefusedTarget
-from detseg.checkpoint import build_plain, init_from, load, read_stamp, without_downloads
+from detseg.checkpoint import build_plain, check_resume, init_from, load, read_stamp, without_downloads
 from detseg.nn.weights import CheckpointMismatch
 from detseg.stamp import make_stamp
 from shared import REPO
@@ -72,6 +72,25 @@ def test_a_target_outside_the_allowed_packages_is_refused_before_anything_is_cal
             save(tmp_path / "bad.ckpt", tiny_models.BrightBox(num_classes=2), eval_transform=transform),
             allow=["tiny_models"],
         )
+
+
+def test_resume_takes_the_same_model_and_the_same_classes_alone(path):
+    model = tiny_models.BrightBox(num_classes=2, threshold=0.5)
+    check_resume(model, path, ["cat", "dog"])
+    with pytest.raises(
+        CheckpointMismatch, match=r"resume=.*trained for cat, dog, the data have dog, cat\. .*init_from"
+    ):
+        check_resume(model, path, ["dog", "cat"])
+    with pytest.raises(CheckpointMismatch, match=r"keys only in the model: weight.* instead of resume"):
+        check_resume(nn.Linear(1, 1), path, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("content", [b"", b"import torch", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_none_gets_no_unsafe_advice(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.ckpt cannot be read with weights_only=True") as caught:
+        load(tmp_path / "x.ckpt")
+    assert "False" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_file_with_objects_is_not_opened(tmp_path):

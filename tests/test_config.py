@@ -28,6 +28,28 @@ TINY = (
 )
 
 
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("ckpt=runs/a/model=fcos,seed=2/best.ckpt", 'ckpt="runs/a/model=fcos,seed=2/best.ckpt"'),
+        ("data.root=/é/x (1)", 'data.root="/é/x (1)"'),
+        ('source=a"=.jpg', 'source="a\\"=.jpg"'),
+        ("seed=1,2", "seed=1,2"),
+        ("source=photos/*.jpg", "source=photos/*.jpg"),
+        ("data.values={0: a", "data.values={0: a"),
+        ("optimizer.lr=choice(1,", "optimizer.lr=choice(1,"),
+        ("-m", "-m"),
+    ],
+)
+def test_values_that_the_grammar_has_no_place_for_are_quoted(typed: str, read: str):
+    assert config.quoted([typed]) == [read]
+
+
+def test_a_path_of_any_letters_is_composed():
+    path = "runs/x/model=a,seed=1/é (1).ckpt"
+    assert load_config(f"init_from={path}").init_from == path
+
+
 class TestChoices:
     """experiment > model > task > transform, and the command line above all."""
 

@@ -73,6 +73,35 @@ def init_from(model: nn.Module, path: str | Path, *, drop_head: bool = False) ->
     return load_weights(model, model_state(checkpoint), drop_head=drop_head, source=f"checkpoint {path}")
 
 
+def check_resume(model: nn.Module, path: str | Path, class_names: Sequence[str]) -> None:
+    """Raise unless training can go on from a checkpoint: the same model, and the same classes in the same order.
+
+    Args:
+        model: what will go on; its weights become the checkpoint's.
+        path: a checkpoint that ``detseg train`` wrote.
+        class_names: of the data, by label.
+
+    Raises:
+        CheckpointMismatch: the model or the classes differ; the message shows both sides.
+    """
+    checkpoint = read_checkpoint(path)
+    remedy = "To start from other weights set init_from (with drop_head=true for other classes) instead of resume"
+    names = (checkpoint.get(STAMP_KEY) or {}).get("class_names")
+    if names is not None and list(names) != list(class_names):
+        told = f"It was trained for {', '.join(names)}, the data have {', '.join(class_names)}. {remedy}"
+        raise CheckpointMismatch(source=f"resume={path}", remedy=told)
+    try:
+        load_weights(model, model_state(checkpoint), source=f"resume={path}")
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(
+            source=f"resume={path}",
+            missing=error.missing,
+            unexpected=error.unexpected,
+            shapes=error.shapes,
+            remedy=remedy,
+        ) from error
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint into host memory with ``weights_only=True``.
 
@@ -86,8 +115,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"checkpoint {path} cannot be read with weights_only=True: {str(error).splitlines()[0]}. A file that holds "
-            "Python objects could run code of its own; let the program that wrote it save a plain state dict"
+            f"checkpoint {path} cannot be read with weights_only=True: {_reason(error)}. It is no checkpoint, is "
+            "damaged, or holds Python objects, which could run code of their own; let the program that wrote it save a "
+            "plain state dict"
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint {path} holds a {type(found).__name__}, not a dictionary")
@@ -118,6 +148,12 @@ def read_stamp(path: str | Path, checkpoint: Mapping[str, Any] | None = None) ->
             f"it was written by {stamp.get('versions')}"
         )
     return stamp
+
+
+def _reason(error: Exception) -> str:
+    """Return what was wrong with a file, without torch's advice to read it unsafely."""
+    said = str(error).partition("WeightsUnpickler error:")
+    return (said[2] or said[0]).strip().splitlines()[0].partition(". Please use")[0] if str(error).strip() else "empty"
 
 
 def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -74,6 +75,7 @@ def load_config(*overrides: str, name: str = "train") -> DictConfig:
         ConfigError: an override names no key or choice; the message gives the nearest ones.
     """
     register_resolvers()
+    overrides = tuple(quoted(overrides))
     with _hydra(name):
         try:
             cfg = compose(name, ["paths=notebook", *overrides], return_hydra_config=True)
@@ -108,6 +110,27 @@ def config_error(error: Exception, overrides: Sequence[str], *, name: str = "tra
     cause = error.__cause__
     detail = f" ({str(cause).splitlines()[0]})" if isinstance(cause, OmegaConfBaseException) else ""
     return ConfigError(said or f"{str(error).strip()}{detail}")
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Put quotes round values that Hydra's grammar has no place for, such as paths with ``=``, brackets or ``é``.
+
+    A sweep names its directories after its overrides, so such paths come from our own runs. What Hydra can read, and
+    lists, dicts and calls that are misspelt, stay as they are.
+    """
+    return [_quote(text) if not text.startswith("-") else text for text in arguments]
+
+
+def _quote(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals or not value or value[0] in "\"'[{(" or re.match(r"\w+\(", value):
+        return text
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        escaped = value.replace('"', '\\"')
+        return f'{key}="{escaped}"'
+    return text
 
 
 @contextmanager

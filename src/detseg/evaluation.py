@@ -23,6 +23,8 @@ RECIPES = {"boxes": "detection", "instances": "instance", "semantic": "semantic"
 def load_evaluation(*overrides: str) -> DictConfig:
     """Compose the config of ``evaluate``, in which the data are the checkpoint's own unless ``data=`` is chosen.
 
+    Images of other data are resized as the checkpoint's own were, unless ``data.eval_transform.*`` says otherwise.
+
     Args:
         *overrides: as typed after ``detseg evaluate``, with ``ckpt=<path>``.
 
@@ -38,7 +40,12 @@ def load_evaluation(*overrides: str) -> DictConfig:
     truth = stamp.get("truth") or "boxes"
     first = [f"truth={truth}"]
     if any(text.startswith("data=") for text in overrides):
-        first += [f"transform/{split}@data.{split}_transform={RECIPES[truth]}" for split in ("train", "eval")]
+        recipe = stamp.get("eval_transform")  # images of other data are resized as the model was trained for
+        ConfigStore.instance().store(group="transform/eval", name="checkpoint", node=recipe)
+        first += [
+            f"transform/train@data.train_transform={RECIPES[truth]}",
+            f"transform/eval@data.eval_transform={'checkpoint' if recipe else RECIPES[truth]}",
+        ]
     else:
         ConfigStore.instance().store(group="data", name="checkpoint", node=_stamped_data(stamp))
         first += ["data=checkpoint"]

@@ -52,8 +52,11 @@ def train(cfg: DictConfig) -> Outcome:
     Raises:
         ConfigError: the config does not fit, or its directory holds a run already.
         FileNotFoundError: ``resume`` or ``init_from`` names no file.
+        CheckpointMismatch: the checkpoint of ``resume`` is of another model or of other classes.
     """
     import torch
+
+    from detseg.checkpoint import check_resume, read_checkpoint
 
     directory = Path(cfg.paths.output_dir)
     if is_first_process() and (directory / "resolved.yaml").exists():
@@ -61,12 +64,18 @@ def train(cfg: DictConfig) -> Outcome:
     for key in ("resume", "init_from"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
             raise FileNotFoundError(f"{key}={cfg[key]}: there is no such file (looked from {Path.cwd()})")
+    if cfg.resume is not None and cfg.init_from is not None:
+        raise ConfigError("resume goes on with all of a run, init_from takes weights alone; set one of them")
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     run = build(cfg)
+    if cfg.resume is not None:
+        check_resume(run.task.model, cfg.resume, run.task.class_names)
     if is_first_process():
         write_run_files(run.cfg, directory)
         log.info(describe(run))
     run.trainer.fit(run.task, datamodule=run.data, ckpt_path=cfg.resume, weights_only=True)
+    if cfg.resume is not None and read_checkpoint(cfg.resume).get("global_step") == run.trainer.global_step:
+        log.warning("resume=%s had come to its end: nothing was trained; raise trainer.max_epochs", cfg.resume)
     best = best_checkpoint(run)
     if cfg.evaluate_after and best is not None:
         measure(run, best)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ def _predictions(
     for start in range(0, len(paths), batch_size):
         group = list(paths[start : start + batch_size])
         for path, found in zip(group, predictor(group, batch_size=batch_size), strict=True):
-            name = path.stem if path.stem not in taken else f"{path.stem}_{len(taken)}"
+            names = (path.stem if number == 0 else f"{path.stem}_{number}" for number in count())
+            name = next(name for name in names if name not in taken)
             taken.add(name)
             yield path, name, found
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from detseg.cli.main import main
+from drawn_data import scenes, write_voc
 
 TINY = [
     "trainer=cpu",
@@ -90,12 +93,48 @@ class TestTrain:
         assert anew["global_step"] == 2 and anew["epoch"] == before["epoch"]
         capsys.readouterr()
 
+    def test_resume_says_what_it_cannot_do(
+        self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str], caplog: Any
+    ):
+        last = trained["unet_small"] / "checkpoints" / "last.ckpt"
+        assert main(["train", *TINY, "model=mask_rcnn_small", f"resume={last}"]) == 1
+        said = capsys.readouterr().err
+        assert "resume=" in said and "sky" in said and "apple" in said and "init_from" in said
+        assert main(["train", *TINY, "model=unet_small", f"resume={last}", f"init_from={last}"]) == 2
+        assert "set one of them" in capsys.readouterr().err
+        quick = [*TINY, "model=unet_small", "callbacks.images=null", "evaluate_after=false"]
+        assert main(["train", *quick, f"resume={last}"]) == 0
+        assert "nothing was trained; raise trainer.max_epochs" in caplog.text + capsys.readouterr().out
+
     def test_sweep_has_a_directory_per_trial_named_by_what_varies(self, in_tmp: Path):
         quick = [*TINY, "callbacks=none", "logger=none", "trainer.limit_train_batches=1", "data.val_images=1"]
         assert main(["train", "-m", "model=unet_small", "seed=1,2", *quick]) == 0
         trials = sorted(path.parent for path in in_tmp.glob("runs/*/*/*/resolved.yaml"))
         assert [trial.name for trial in trials] == ["seed=1", "seed=2"] and trials[0].parent == trials[1].parent
         assert [yaml.safe_load((trial / "resolved.yaml").read_text())["seed"] for trial in trials] == [1, 2]
+
+    def test_a_checkpoint_of_a_sweep_is_named_as_it_lies(self, trained: dict[str, Path], in_tmp: Path):
+        trial = in_tmp / "runs" / "x" / "model=unet_small,seed=2" / "é (1)"
+        shutil.copytree(trained["unet_small"] / "checkpoints", trial)
+        ckpt = trial / "best.ckpt"
+        assert main(["evaluate", f"ckpt={ckpt}"]) == 0
+        quick = [*TINY, "model=unet_small", "callbacks=none", "evaluate_after=false", "trainer.limit_train_batches=1"]
+        assert main(["train", *quick, f"init_from={ckpt}", "name=anew"]) == 0
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_broken_image_is_named_in_one_line(self, workers: int, in_tmp: Path, capsys: pytest.CaptureFixture[str]):
+        for split in ("train", "val"):
+            write_voc(in_tmp, scenes(), split)
+        whole = in_tmp / "JPEGImages" / "train_2.png"
+        Image.open(whole).save(whole.with_suffix(".jpg"))
+        whole.unlink()
+        content = whole.with_suffix(".jpg").read_bytes()
+        whole.with_suffix(".jpg").write_bytes(content[: len(content) // 2])
+        options = ["trainer=cpu", "trainer.max_epochs=1", "callbacks=none", "logger=none", "data.batch_size=1"]
+        assert main(["train", "data=voc", f"data.root={in_tmp}", *options, f"data.num_workers={workers}"]) == 1
+        first, second = capsys.readouterr().err.strip().splitlines()[-2:]
+        assert first.startswith("detseg: ") and "train_2.jpg: the image cannot be decoded" in first
+        assert second.startswith("(DataError;")
 
 
 class TestEvaluate:
@@ -125,6 +164,17 @@ class TestEvaluate:
     def test_voc_ap_needs_boxes(self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]):
         assert main(["evaluate", f"ckpt={checkpoint(trained['unet_small'])}", "voc_ap=2010"]) == 2
         assert "voc_ap" in capsys.readouterr().err
+
+    def test_other_data_are_resized_as_the_checkpoints_own(self, in_tmp: Path, capsys: pytest.CaptureFixture[str]):
+        quick = ["model=unet_small", "callbacks.images=null", "data.eval_transform.size=[32,32]"]
+        assert main(["train", *TINY, *quick]) == 0
+        ckpt = checkpoint(only_run(in_tmp))
+        small = ["data=orchard", "data.image_size=64", "data.val_images=2", "data.num_workers=0"]
+        assert main(["evaluate", f"ckpt={ckpt}", *small, "name=same"]) == 0
+        assert main(["evaluate", f"ckpt={ckpt}", *small, "data.eval_transform.size=[64,64]", "name=other"]) == 0
+        for name, size in {"same": [32, 32], "other": [64, 64]}.items():
+            resolved = yaml.safe_load(next(in_tmp.glob(f"runs/{name}/*/resolved.yaml")).read_text())
+            assert resolved["data"]["eval_transform"]["size"] == size
 
     def test_maps_as_index_pngs(self, trained: dict[str, Path], in_tmp: Path):
         assert main(["evaluate", f"ckpt={checkpoint(trained['unet_small'])}"]) == 0
@@ -162,6 +212,14 @@ class TestPredict:
         (row,) = json.loads(next(in_tmp.glob("runs/predict/*/predictions.json")).read_text())
         assert np.asarray(Image.open(row["map"])).shape == (60, 80)
         assert not list(in_tmp.glob("runs/predict/*/pictures"))
+
+
+def test_every_photo_has_files_of_its_own(tmp_path: Path):
+    from detseg.prediction import _predictions
+
+    paths = [tmp_path / name for name in ("a.jpg", "a_2.jpg", "b/a.jpg", "c/a.jpg", "a_1.jpg")]
+    named = _predictions(lambda group, batch_size: group, paths, 2)  # type: ignore[arg-type]
+    assert [name for _, name, _ in named] == ["a", "a_2", "a_1", "a_3", "a_1_1"]
 
 
 class TestErrors:

@@ -46,7 +46,8 @@ class CheckpointMismatch(ValueError):
             )
             if names
         ]
-        super().__init__(f"{source} does not fit the model. " + "; ".join(parts) + (f". {remedy}" if remedy else ""))
+        said = [f"{source} does not fit the model", "; ".join(parts), remedy]
+        super().__init__(". ".join(part for part in said if part))
 
 
 def load_weights(
