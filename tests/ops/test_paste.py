@@ -39,7 +39,7 @@ def test_mixed_precision_moves_no_edge() -> None:
     _, expected = both_paths(masks, boxes)
     with torch.autocast("cpu", torch.bfloat16):
         _, pasted = both_paths(masks, boxes)
-    assert 0 < int(expected.sum()) and torch.equal(pasted, expected)
+    assert int(expected.sum()) > 0 and torch.equal(pasted, expected)
 
 
 def test_full_mask_fills_its_box() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from assignment_oracle import ANCHORS, POINTS, lattice_of
-from detseg.targets.lattice import expand_ranges, expand_windows, pick_best
+from detseg.targets.lattice import expand_ranges, expand_windows, pick_best, within
 
 
 def test_ranges_are_listed_in_order_and_empty_ones_vanish() -> None:
@@ -24,6 +24,15 @@ def test_windows_hold_every_pair_of_row_and_column_once() -> None:
         for o, r, c in zip(owner, windows.row[windows.row_entry], windows.col[windows.col_entry], strict=True)
     ]
     assert found == [(0, 1, 4), (0, 1, 5), (0, 2, 4), (0, 2, 5), (2, 3, 7), (2, 3, 8), (2, 3, 9)]
+
+
+def test_windows_are_cut_to_the_grid_also_where_no_integer_reaches() -> None:
+    ends = [(-3.0, 2.0), (3.0, 1e30), (-3e38, -1e30), (1e30, 3e38), (5.0, -torch.inf), (-torch.inf, torch.inf)]
+    low, high = torch.tensor(ends).unbind(1)
+    first, last = within(low[:, None], high[:, None], torch.tensor([[4]]))
+    assert first.flatten().tolist() == [0, 3, 0, 4, 4, 0]
+    assert last.flatten().tolist() == [2, 3, -1, 3, -1, 3]
+    assert expand_ranges(first.flatten(), last.flatten())[1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_the_best_score_wins_and_among_equals_the_first_owner() -> None:

@@ -54,6 +54,17 @@ def test_without_centre_sampling_every_inner_point_of_the_range_is_positive() ->
     assert_close(matched >= 0, wanted)
 
 
+def test_a_box_beyond_every_integer_claims_the_points_inside() -> None:
+    lattice = lattice_of(POINTS, 256, 256)
+    boxes = torch.tensor([[40.0, 40, 1e30, 1e30], [-1e30, -1e30, -1e25, -1e25]])
+    matched = PointAssigner(radius=None)(boxes, torch.zeros(2, dtype=torch.int64), 1, lattice)[0]
+    points = (lattice.boxes[:, 0] + lattice.boxes[:, 2]) / 2, (lattice.boxes[:, 1] + lattice.boxes[:, 3]) / 2
+    top = torch.arange(lattice.total) >= lattice.total - lattice.counts[-1]  # the last level takes the largest boxes
+    wanted = top & (points[0] > 40) & (points[1] > 40)
+    assert_close(matched == 0, wanted)
+    assert int(wanted.sum()) > 0 and not bool((matched == 1).any())
+
+
 def test_reach_moves_boxes_between_levels() -> None:
     squares = AnchorGenerator(sizes=[[8], [16]], ratios=[[1.0]])
     lattice = build_lattice(squares, ((8, 8), (4, 4)), ((8, 8), (16, 16)), "cpu")

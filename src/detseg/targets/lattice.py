@@ -133,6 +133,19 @@ def expand_ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     return owner, value
 
 
+def within(first: Tensor, last: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return first and last cell as int64, cut to the grid; the window is empty where none of it lies there.
+
+    Cut as floats, since a float beyond 2^63, from a box far outside, has no defined integer.
+
+    Args:
+        first: ``(P, 2)`` whole float32.
+        last: ``(P, 2)`` whole float32, included.
+        limit: ``(P, 2)`` int64, the cells of the grid.
+    """
+    return torch.minimum(first.clamp(min=0), limit).long(), torch.minimum(last, limit - 1).clamp(min=-1).long()
+
+
 class Windows(NamedTuple):
     """The cells of many windows, kept separable: a candidate is one row and one column of the same window.
 

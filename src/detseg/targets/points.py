@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detseg.targets.lattice import Lattice, Shapes, Windows, expand_windows, pick_best
+from detseg.targets.lattice import Lattice, Shapes, Windows, expand_windows, pick_best, within
 
 _AREA_TOP = 1e8  # px^2; float32 rounds top - area to multiples of 8, and torchvision breaks ties after that rounding
 
@@ -134,8 +134,7 @@ class PointAssigner:
         high = torch.minimum(boxes[:, 2:], centre + span[:, None])  # (P, 2)
         stride = torch.stack((shapes.stride_x, shapes.stride_y), dim=1)  # (P, 2)
         limit = torch.stack((shapes.cols, shapes.rows), dim=1)  # (P, 2)
-        first = (low / stride).floor().long().clamp(min=0)  # (P, 2)
-        last = torch.minimum((high / stride).ceil().long(), limit - 1)  # (P, 2)
+        first, last = within((low / stride).floor(), (high / stride).ceil(), limit)  # (P, 2) each
         return expand_windows((first[:, 1], last[:, 1]), (first[:, 0], last[:, 0]))
 
 

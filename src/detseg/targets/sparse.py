@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detseg.targets.lattice import Lattice, Windows, expand_ranges, expand_windows, pick_best
+from detseg.targets.lattice import Lattice, Windows, expand_ranges, expand_windows, pick_best, within
 from detseg.targets.matchers import BELOW, BETWEEN
 
 _RELATIVE_SLACK = 1e-3  # of an IoU bound: windows may be a little wide, never narrow; the exact test follows
@@ -158,8 +158,7 @@ def _windows(boxes: Tensor, bound: Tensor, lattice: Lattice) -> tuple[Tensor, Te
     offset = centre - ((shapes.base[:, :2] + shapes.base[:, 2:]) / 2)[shape]  # (P, 2) from the first cell's anchor
     stride = torch.stack((shapes.stride_x, shapes.stride_y), dim=1)[shape]  # (P, 2)
     limit = torch.stack((shapes.cols, shapes.rows), dim=1)[shape]  # (P, 2)
-    first = ((offset - reach) / stride).ceil().long().clamp(min=0)  # (P, 2)
-    last = torch.minimum(((offset + reach) / stride).floor().long(), limit - 1)  # (P, 2)
+    first, last = within(((offset - reach) / stride).ceil(), ((offset + reach) / stride).floor(), limit)  # (P, 2) each
     return box, shape, expand_windows((first[:, 1], last[:, 1]), (first[:, 0], last[:, 0]))
 
 
