@@ -66,6 +66,14 @@ class TestSteps:
         with pytest.raises(FloatingPointError, match=r"step 0 .*loss_classification nan, loss_box .* images 41.*lower"):
             trainer(tmp_path).fit(task, loader(batch([target(41)])))
 
+    def test_predictions_that_are_not_finite_are_named_by_their_images(self, tmp_path: Path):
+        task = make(FakeDetector())
+        task.model.predict = lambda *_: [  # type: ignore[method-assign]
+            Detections(boxes((0, 0, float("nan"), 8)), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+        ]
+        with pytest.raises(ValueError, match=r"box 0 is \[0.0, 0.0, nan, 8.0\].*; predicted for .* images 41$"):
+            trainer(tmp_path).validate(task, loader(batch([target(41)])), verbose=False)
+
     def test_evaluation_samples_alike_and_leaves_trainings_random_numbers_alone(self):
         """Two-stage losses draw samples: the figure must not depend on what ran before, nor training on validation."""
         task, seen = make(), []

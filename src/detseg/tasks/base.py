@@ -174,7 +174,10 @@ class Task(L.LightningModule):
             sync_dist=True,
             batch_size=len(batch),
         )
-        predictions = restore(cast(Any, self.model).predict(outputs, batch.sizes), batch)
+        try:
+            predictions = restore(cast(Any, self.model).predict(outputs, batch.sizes), batch)
+        except ValueError as error:  # detections check themselves, but know no image
+            raise ValueError(f"{error}; predicted for one of the images {_names(batch.targets)}") from error
         truths = batch.targets if batch.truths is None else batch.truths
         self.update_metrics(self.metrics(stage), predictions, truths, outputs=outputs, batch=batch)
         return predictions
@@ -218,10 +221,10 @@ class Task(L.LightningModule):
     def _check_finite(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
         if bool(loss.isfinite()):
             return
-        values = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-        images = ", ".join(target.file or str(target.image_id) for target in batch.targets[:4])
+        values = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
         raise FloatingPointError(
-            f"the loss of step {self.global_step} is {float(loss.detach())} ({values}) on images {images} ...; "
+            f"the loss of step {self.global_step} is {float(loss.detach())} ({values}) on images "
+            f"{_names(batch.targets[:4])} ...; "
             "lower optimizer.lr, lengthen the warm-up, or set trainer.gradient_clip_val"
         )
 
@@ -276,6 +279,10 @@ def restore(predictions: Iterable[Prediction], batch: Batch) -> list[Any]:
         else prediction.resize(size, truth.size if truth.size != (0, 0) else size)
         for prediction, size, truth in zip(found, sizes, batch.truths, strict=True)
     ]
+
+
+def _names(targets: Iterable[Target]) -> str:
+    return ", ".join(target.file or str(target.image_id) for target in targets)
 
 
 def scalars(values: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
