@@ -45,6 +45,22 @@ def test_numbers_are_plain_and_every_list_of_defaults_is_a_list(path: Path):
     assert not re.findall(r":\s*\d+e-?\d+\b", text), "write 1.0e-3, with a dot"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(CONF.rglob("*.yaml")) if path.parent.name not in ("experiment", "hydra")],
+    ids=lambda path: str(path.relative_to(CONF)),
+)
+def test_every_value_has_a_comment_on_its_line_or_above(path: Path):
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    values = re.compile(r"\s*(?!_target_|_partial_)[\w.]+: +\S")
+    bare = [
+        line
+        for above, line in zip(["", *lines], lines, strict=False)
+        if values.match(line) and "#" not in line and not above.lstrip().startswith("#")
+    ]
+    assert bare == []
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_sets_numbers_and_choices_alone(name: str):
     text = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
