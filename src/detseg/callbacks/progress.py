@@ -11,7 +11,17 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from torch import Tensor
 
-SHOWN = ("train/loss", "val/loss", "val/map", "val/map_50", "val/mask_map", "val/mask_map_50", "val/miou", "val/dice")
+SHOWN = (
+    "train/loss",
+    "val/loss",
+    "val/map",
+    "val/map_50",
+    "val/voc_map",
+    "val/mask_map",
+    "val/mask_map_50",
+    "val/miou",
+    "val/dice",
+)
 """What a line shows of the logged figures, where they exist, in this order."""
 
 
