@@ -93,6 +93,21 @@ class TestTrain:
         assert anew["global_step"] == 2 and anew["epoch"] == before["epoch"]
         capsys.readouterr()
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_resume_is_exact(self, workers: int, in_tmp: Path):
+        """The order of images and what a two-stage loss samples: with workers, which read ahead, and without."""
+        options = ["model=faster_rcnn_small", "scheduler=constant", "callbacks.images=null", "evaluate_after=false"]
+        both = ["train", *TINY, *options, f"data.num_workers={workers}"]
+        assert main([*both, "trainer.max_epochs=2", "name=whole"]) == 0
+        assert main([*both, "trainer.max_epochs=1", "name=half"]) == 0
+        (last,) = in_tmp.glob("runs/half/*/checkpoints/last.ckpt")
+        assert main([*both, "trainer.max_epochs=2", "name=rest", f"resume={last}"]) == 0
+        losses = {}
+        for name in ("whole", "rest"):
+            rows = list(csv.DictReader(next(in_tmp.glob(f"runs/{name}/*/csv/metrics.csv")).open()))
+            losses[name] = [(row["step"], row["train/loss"]) for row in rows if row["train/loss"]]
+        assert len(losses["rest"]) == 2 and losses["rest"] == losses["whole"][2:]
+
     def test_resume_says_what_it_cannot_do(
         self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str], caplog: Any
     ):

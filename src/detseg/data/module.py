@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,17 @@ log = logging.getLogger(__name__)
 
 TRUTHS = ("boxes", "instances", "semantic")
 """What a target holds: boxes alone, boxes and instance masks, or a class for every pixel."""
+
+
+class LateLoader(DataLoader[Sample]):
+    """Reads nothing before its first batch is asked for.
+
+    In a resumed run Lightning makes the iterator before it tells the sampler its epoch; workers would by then have
+    begun with the images of epoch 0.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator around torch's iterator
+        yield from super().__iter__()
 
 
 class DetectionData(L.LightningDataModule):
@@ -205,7 +216,7 @@ class DetectionData(L.LightningDataModule):
     ) -> DataLoader[Sample]:
         split.samples.prepare()
         pack = partial(collate, size_divisor=self.size_divisor)
-        return DataLoader(
+        return LateLoader(
             split,
             batch_size=batch_size,
             sampler=sampler,

@@ -24,6 +24,10 @@ COUNT = re.compile(r"(^|_)count(_|$)")
 """Names of counts of objects or pixels: kept in ``results``, where they explain an n/a, but not logged."""
 
 
+RANDOM_STATE = "detseg_random_state"
+"""Key of a checkpoint, for ``resume``."""
+
+
 class MakeScheduler(Protocol):
     """A schedule that waits for the optimiser and the number of its steps; see ``detseg.tasks.schedules``."""
 
@@ -82,6 +86,7 @@ class Task(L.LightningModule):
         self.class_names = list(class_names)
         self.monitor, self.mode = monitor, mode
         self.backbone_lr_scale, self.decay_one_dimensional = backbone_lr_scale, decay_one_dimensional
+        self._random_state: dict[str, Any] | None = None
         self.results: dict[str, dict[str, float]] = {}
         """Stage ("val", "test") -> every figure and count of its last epoch by name without stage; NaN is n/a."""
         self.meters = nn.ModuleDict(
@@ -227,6 +232,26 @@ class Task(L.LightningModule):
             f"{_names(batch.targets[:4])} ...; "
             "lower optimizer.lr, lengthen the warm-up, or set trainer.gradient_clip_val"
         )
+
+    # Resuming: two-stage losses and dropout draw random numbers, which go on where they were
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers, on the CPU and on the GPU in use."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint[RANDOM_STATE] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of the random numbers, for ``on_train_start``."""
+        self._random_state = checkpoint.get(RANDOM_STATE)
+
+    def on_train_start(self) -> None:
+        """Let a resumed run go on with the random numbers of the one before."""
+        state, self._random_state = self._random_state, None
+        if state is None:
+            return
+        torch.set_rng_state(state["cpu"].cpu())
+        if state["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     # Optimisation
 
