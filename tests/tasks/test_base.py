@@ -66,6 +66,18 @@ class TestSteps:
         with pytest.raises(FloatingPointError, match=r"step 0 .*loss_classification nan, loss_box .* images 41.*lower"):
             trainer(tmp_path).fit(task, loader(batch([target(41)])))
 
+    def test_channels_last_refuses_the_convolution_that_crashes_a_cpu(self, tmp_path: Path):
+        """Of RepVGG's stem: the gradient of its weights corrupts memory in oneDNN."""
+        for channels, refused in ((3, True), (8, False)):
+            model = FakeDetector()
+            model.shortcut = nn.Conv2d(channels, 4, 1, stride=2)
+            task = make(model, channels_last=True)
+            if refused:
+                with pytest.raises(ValueError, match=r"layer shortcut is a 1x1 .* on 3 channels"):
+                    trainer(tmp_path).fit(task, loader(batch([target(1)])))
+            else:
+                trainer(tmp_path).fit(task, loader(batch([target(1)])))
+
     def test_predictions_that_are_not_finite_are_named_by_their_images(self, tmp_path: Path):
         task = make(FakeDetector())
         task.model.predict = lambda *_: [  # type: ignore[method-assign]

@@ -123,6 +123,23 @@ class Task(L.LightningModule):
         predict = cast(Any, self.model).predict
         return cast("list[Prediction]", predict(self.model(self._images(batch), batch.sizes), batch.sizes))
 
+    def on_fit_start(self) -> None:
+        """Refuse what would end the process without a word.
+
+        Raises:
+            ValueError: with ``channels_last`` on a CPU, a 1x1 convolution of stride 2 has channels that are no multiple
+                of 8: oneDNN's gradient of its weights writes beyond its memory (seen with torch 2.14 on AVX-512).
+        """
+        if self.layout != torch.channels_last or self.device.type != "cpu":
+            return
+        for name, layer in self.model.named_modules():
+            strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+            if strided and layer.in_channels % 8 and layer.weight.requires_grad:
+                raise ValueError(
+                    f"task.channels_last: layer {name} is a 1x1 convolution of stride {layer.stride} on "
+                    f"{layer.in_channels} channels, whose training crashes on a CPU in this layout; set it to false"
+                )
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the sum of the model's loss terms.
 
