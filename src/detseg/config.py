@@ -212,6 +212,9 @@ def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objec
             f"{path} has no _target_: numbers are set for something that is not chosen (or is misspelt); choose its "
             f"group's file, as in callbacks=[default,ema], or remove it with {path}=null"
         )
+    missing = sorted(OmegaConf.missing_keys(node)) if OmegaConf.is_config(node) else []
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} has no default: give {missing[0]}=...")
     check_targets(node, prefixes=[*CONFIG_PREFIXES, *(f"{package.rstrip('.')}." for package in allow)], path=path)
     try:
         build_node: Callable[..., Any] = hydra.utils.instantiate(node, _convert_="all", _partial_=True)
@@ -265,6 +268,7 @@ def build_task(cfg: DictConfig, *, class_names: Sequence[str]) -> Task:
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """Build the trainer with its callbacks and loggers from a resolved config, without those that are ``null``."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ProgressBar
 
     from detseg.callbacks import CheckpointStamp
@@ -283,9 +287,12 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
             callback.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     if cfg.trainer.enable_progress_bar is None:  # Lightning would bring its own where none is asked for
         cfg.trainer.enable_progress_bar = any(isinstance(callback, ProgressBar) for callback in parts["callbacks"])
-    trainer: L.Trainer = instantiate(
-        cfg.trainer, allow=allow, path="trainer", callbacks=parts["callbacks"], logger=parts["logger"] or False
-    )
+    try:
+        trainer: L.Trainer = instantiate(
+            cfg.trainer, allow=allow, path="trainer", callbacks=parts["callbacks"], logger=parts["logger"] or False
+        )
+    except MisconfigurationException as error:  # such as a GPU that is not there
+        raise ConfigError(f"trainer: {error}") from error
     return trainer
 
 

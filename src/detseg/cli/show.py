@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from detseg.experiment import Outcome
@@ -51,7 +52,7 @@ def class_table(outcome: Outcome) -> Table | None:
     for kind in kinds:
         table.add_column(kind, justify="right")
     for name in outcome.class_names:
-        table.add_row(name, *(number(outcome.figures.get(f"{kind}/{name}", math.nan)) for kind in kinds))
+        table.add_row(escape(name), *(number(outcome.figures.get(f"{kind}/{name}", math.nan)) for kind in kinds))
     return table
 
 

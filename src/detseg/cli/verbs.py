@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.error import URLError
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -145,6 +146,8 @@ def _quiet() -> None:
 def _said(error: Exception) -> str:
     """Return an error's message; of one from a worker, to which torch adds the worker's traceback, its own part."""
     text = str(error)
+    if isinstance(error, URLError):
+        return f"cannot download ({text}); for published weights give a file instead, or null"
     if not (text.startswith("Caught ") and "Original Traceback" in text):
         return text
     kind = type(error)

@@ -59,9 +59,9 @@ class ResizeAndCrop(v2.Transform):  # type: ignore[misc]  # torchvision has no t
     ) -> None:
         super().__init__()
         self.size, self.crop = _pair("size", size), _pair("crop", crop)
-        if size is not None and (short_side is not None or long_side is not None):
+        if self.size is not None and (short_side is not None or long_side is not None):
             raise ValueError(
-                f"size={tuple(size)} stretches to a fixed size, short_side={short_side} and long_side={long_side} keep "
+                f"size={self.size} stretches to a fixed size, short_side={short_side} and long_side={long_side} keep "
                 "the shape; give one or the other"
             )
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
@@ -194,8 +194,8 @@ class HueShift(v2.Transform):  # type: ignore[misc]  # torchvision has no types
 def _pair(name: str, value: Sequence[int] | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    if len(value) != 2 or min(value) < 1:
-        raise ValueError(f"{name} must be (height, width) in pixels, both at least 1, got {tuple(value)}")
+    if isinstance(value, int) or len(value) != 2 or min(value) < 1:
+        raise ValueError(f"{name} must be [height, width] in pixels, both at least 1, got {value}")
     return int(value[0]), int(value[1])
 
 
