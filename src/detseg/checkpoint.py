@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detseg.allow import ALLOWED_PREFIXES, check_target
-from detseg.nn.weights import CheckpointMismatch, load_weights
+from detseg.nn.weights import CheckpointMismatch, load_weights, read_plain
 from detseg.predictor import Predictor
 from detseg.stamp import STAMP_FORMAT, STAMP_KEY
 
@@ -109,16 +108,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it holds more than plain values and tensors, or is no checkpoint at all.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist (looked from {Path.cwd()})")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"checkpoint {path} cannot be read with weights_only=True: {_reason(error)}. It is no checkpoint, is "
-            "damaged, or holds Python objects, which could run code of their own; let the program that wrote it save a "
-            "plain state dict"
-        ) from error
+    found = read_plain(path, "checkpoint")
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint {path} holds a {type(found).__name__}, not a dictionary")
     return found
@@ -148,12 +138,6 @@ def read_stamp(path: str | Path, checkpoint: Mapping[str, Any] | None = None) ->
             f"it was written by {stamp.get('versions')}"
         )
     return stamp
-
-
-def _reason(error: Exception) -> str:
-    """Return what was wrong with a file, without torch's advice to read it unsafely."""
-    said = str(error).partition("WeightsUnpickler error:")
-    return (said[2] or said[0]).strip().splitlines()[0].partition(". Please use")[0] if str(error).strip() else "empty"
 
 
 def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

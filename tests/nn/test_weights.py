@@ -77,3 +77,6 @@ def test_read_state(tmp_path):
         read_state(tmp_path / "whole.ckpt")
     with pytest.raises(FileNotFoundError, match=r"nothing.pth does not exist"):
         read_state(tmp_path / "nothing.pth")
+    (tmp_path / "rubbish.pth").write_bytes(b"not a file of torch's")
+    with pytest.raises(ValueError, match=r"weights file .*rubbish.pth cannot be read with weights_only=True"):
+        read_state(tmp_path / "rubbish.pth")

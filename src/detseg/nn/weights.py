@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,9 +102,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else than names and tensors.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist (looked from {Path.cwd()}); give a file or null")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_plain(path, "weights file")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         kinds = sorted(str(key) for key in state)[:5] if isinstance(state, dict) else type(state).__name__
         raise ValueError(
@@ -110,6 +110,34 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             "for a detseg checkpoint use init_from"
         )
     return state
+
+
+def read_plain(path: str | Path, what: str) -> Any:
+    """Read a file of torch's into host memory with ``weights_only=True``, so that nothing in it runs.
+
+    Args:
+        path: the file.
+        what: it is, for messages, such as ``"checkpoint"``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, no file of torch's, or holds more than plain values and tensors.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what} {path} does not exist (looked from {Path.cwd()})")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{what} {path} cannot be read with weights_only=True: {_reason(error)}. It is none, is damaged, or holds "
+            "Python objects, which could run code of their own; let the program that wrote it save a plain state dict"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what was wrong with a file, without torch's advice to read it unsafely."""
+    said = str(error).partition("WeightsUnpickler error:")
+    return (said[2] or said[0]).strip().splitlines()[0].partition(". Please use")[0] if str(error).strip() else "empty"
 
 
 def _is_head(key: str, own: Mapping[str, Tensor]) -> bool:
