@@ -9,7 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detseg import config, data, metrics, models, structures, visualize
+    import detseg.config as config
+    import detseg.data as data
+    import detseg.metrics as metrics
+    import detseg.models as models
+    import detseg.structures as structures
+    import detseg.visualize as visualize
     from detseg.checkpoint import load
     from detseg.config import build, instantiate, load_config
     from detseg.structures import Batch, Detections, PanopticMap, SemanticMap, Target
