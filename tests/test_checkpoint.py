@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 def test_load_rebuilds_the_model_with_its_weights(path):
     predictor = load(path, allow=["tiny_models"])
     assert isinstance(predictor.model, tiny_models.BrightBox)
-    assert float(predictor.model.threshold) == 0.25  # the file's, not the config's 0.4
+    assert predictor.model.threshold.item() == 0.25  # the file's, not the config's 0.4
     assert predictor.model.weights is None  # nothing is downloaded
     assert (predictor.class_names, predictor.category_ids) == (["cat", "dog"], [11, 12])
     assert predictor.size_divisor == 16 and not predictor.training
