@@ -29,6 +29,22 @@ def test_frozen_equals_evaluation_and_stays():
     assert [name for name, _ in body.named_parameters()] == ["0.weight", "0.bias"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_equals_torchvisions_in_values_and_gradients(dtype):
+    ours = freeze_batch_norm(network())[1]
+    theirs = FrozenBatchNorm2d(4, eps=1e-3)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 4, 5, 6, dtype=dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    gradients = []
+    for norm in (ours, theirs):
+        x = images.clone().requires_grad_()
+        norm(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert_close(ours(images).float(), theirs(images).float(), **tolerance)
+    assert_close(*gradients, **tolerance)
+
+
 def test_only_untrained():
     body = network()
     body[1].requires_grad_(False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def freeze_batch_norm(module: ModuleT, *, untrained_only: bool = False) -> ModuleT:
-    """Replace every ``BatchNorm2d`` below ``module``, in place, by torchvision's ``FrozenBatchNorm2d``.
+    """Replace every ``BatchNorm2d`` below ``module``, in place, by ``FrozenBatchNorm``.
 
     Statistics, scale and shift become buffers: with two images per step their estimates would be too noisy
     (He et al. 2017, Mask R-CNN, section 3.1 freezes them too). Subclasses, such as timm's fused norm and
@@ -44,8 +45,16 @@ def set_norm_eps(module: nn.Module, eps: float) -> None:
             child.eps = eps
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision carries no types
+    """torchvision's ``FrozenBatchNorm2d`` in one kernel instead of a product and a sum that each write a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised maps ``(B, C, H, W)``."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
 def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
-    frozen: nn.Module = _FrozenNormAct(norm) if _tail(norm) else FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    frozen: nn.Module = _FrozenNormAct(norm) if _tail(norm) else FrozenBatchNorm(norm.num_features, eps=norm.eps)
     frozen.load_state_dict({key: value for key, value in norm.state_dict().items() if key in frozen.state_dict()})
     return frozen.to(norm.weight.device)
 
@@ -55,7 +64,7 @@ def _tail(norm: nn.BatchNorm2d) -> list[nn.Module]:
     return [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
 
 
-class _FrozenNormAct(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision carries no types
+class _FrozenNormAct(FrozenBatchNorm):
     """A frozen norm with the activation that timm fuses into it; the keys stay those of the norm."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
