@@ -56,6 +56,18 @@ def test_masks_are_tinted_and_outlined() -> None:
     np.testing.assert_array_equal(clear[90, 20], visualize.colour(0))
 
 
+def test_one_class_alone_has_a_colour_per_mask_and_no_captions_in_a_crowd() -> None:
+    alike = Detections(**{**vars(found(masks=True)), "labels": torch.zeros(2, dtype=torch.int64)})
+    picture = visualize.draw_detections(GREY, alike, ["nucleus"], opacity=0.0)
+    np.testing.assert_array_equal(picture[90, 20], visualize.colour(0))
+    np.testing.assert_array_equal(picture[130, 120], visualize.colour(1))
+    few = Detections(boxes=alike.boxes[:1].repeat(12, 1), scores=torch.ones(12), labels=alike.labels[:1].repeat(12))
+    many = Detections(boxes=alike.boxes[:1].repeat(13, 1), scores=torch.ones(13), labels=alike.labels[:1].repeat(13))
+    assert (visualize.draw_detections(GREY, few, ["nucleus"])[:55] != 100).any()  # the caption above the box
+    assert (visualize.draw_detections(GREY, many, ["nucleus"])[:55] == 100).all()
+    assert (visualize.draw_detections(GREY, many, NAMES)[:55] != 100).any()  # of several classes the name matters
+
+
 def test_crowds_are_hatched_and_named() -> None:
     one = found(masks=True)[0]
     target = Target(boxes=one.boxes, labels=one.labels, masks=one.masks, iscrowd=torch.tensor([True]))

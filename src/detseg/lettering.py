@@ -21,11 +21,11 @@ def write_captions(
     colours: Sequence[tuple[int, int, int]],
     thick: int,
 ) -> Picture:
-    """Write each caption above its box, or inside where there is no room; the first one on top."""
+    """Write each caption above its box, or inside where there is no room; the first on top, an empty one nowhere."""
     canvas = Image.fromarray(picture)
     pen, font = ImageDraw.Draw(canvas), font_for(picture)
     high = _line_height(font)
-    for row in reversed(range(len(captions))):
+    for row in reversed([row for row, caption in enumerate(captions) if caption]):
         left, top = corners[row][:2]
         wide = math.ceil(font.getlength(captions[row])) + 4
         x = max(0, min(left - thick // 2, canvas.width - wide))

@@ -32,6 +32,8 @@ PALETTE = (
 )  # fmt: skip
 BACKGROUND = "background"
 """Name of the class that readers give to pixels without an object; it is not tinted."""
+CROWDED = 12
+"""Objects of the only class there is, above which captions would hide more than they say and are left out."""
 LEGIBLE = 320
 """Pixels of the shorter side below which ``draw`` enlarges an image, so that labels can be read."""
 
@@ -100,7 +102,8 @@ def draw_detections(
     found = found[found.scores.argsort(descending=True, stable=True)]
     names = _names(found.labels, class_names)
     captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
-    return _draw_objects(image, found.boxes, found.labels, found.masks, captions, None, scale=scale, opacity=opacity)
+    captions, paints = _one_class(found.labels, found.masks, captions, class_names)
+    return _draw_objects(image, found.boxes, paints, found.masks, captions, None, scale=scale, opacity=opacity)
 
 
 def draw_target(
@@ -125,8 +128,9 @@ def draw_target(
         return draw_semantic(image, target.semantic, class_names, scale=scale)
     marks = zip(_names(target.labels, class_names), target.iscrowd.tolist(), target.difficult.tolist(), strict=True)
     captions = [name + (" (crowd)" if crowd else " (difficult)" if hard else "") for name, crowd, hard in marks]
+    captions, paints = _one_class(target.labels, target.masks, captions, class_names)
     return _draw_objects(
-        image, target.boxes, target.labels, target.masks, captions, target.iscrowd, scale=scale, opacity=opacity
+        image, target.boxes, paints, target.masks, captions, target.iscrowd, scale=scale, opacity=opacity
     )
 
 
@@ -263,10 +267,20 @@ def enlarge(picture: Picture, scale: int) -> Picture:
     return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
+def _one_class(
+    labels: Tensor, masks: Tensor | None, captions: list[str], class_names: Sequence[str] | None
+) -> tuple[list[str], Tensor]:
+    """Return captions and colour numbers; of one class alone, masks take a colour each, so that neighbours part."""
+    if class_names is None or len(class_names) != 1:
+        return captions, labels
+    paints = labels if masks is None else torch.arange(len(labels))
+    return ([""] * len(captions) if len(captions) > CROWDED else captions), paints
+
+
 def _draw_objects(
     image: Tensor | Picture,
     boxes: Tensor,
-    labels: Tensor,
+    paints: Tensor,
     masks: Tensor | None,
     captions: Sequence[str],
     crowd: Tensor | None,
@@ -276,7 +290,7 @@ def _draw_objects(
 ) -> Picture:
     """Draw objects, the first one on top: fills, then outlines, then captions, so that no caption is painted over."""
     picture = enlarge(to_picture(image), scale)
-    colours = [colour(label) for label in labels.tolist()]
+    colours = [colour(number) for number in paints.tolist()]
     hatched = [False] * len(boxes) if crowd is None else crowd.tolist()
     thick = max(1, round(min(picture.shape[:2]) / 250))
     corners = (boxes * scale).round().long().tolist()
