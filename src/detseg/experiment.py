@@ -54,10 +54,23 @@ def train(cfg: DictConfig) -> Outcome:
         FileNotFoundError: ``resume`` or ``init_from`` names no file.
         CheckpointMismatch: the checkpoint of ``resume`` is of another model or of other classes.
     """
+    return train_here(cfg)
+
+
+def train_here(cfg: DictConfig) -> Outcome:
+    """Train in this process, which may be one of several that do so together; see ``train``."""
     import torch
 
-    from detseg.checkpoint import check_resume, read_checkpoint
+    check_start(cfg)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    run = build(cfg)
+    begin(run)
+    fit(run)
+    return finish(run)
 
+
+def check_start(cfg: DictConfig) -> None:
+    """Refuse what cannot become a run, before anything is built."""
     directory = Path(cfg.paths.output_dir)
     if is_first_process() and (directory / "resolved.yaml").exists():
         raise ConfigError(f"{directory} holds a run already, and nothing is overwritten; choose another name")
@@ -66,18 +79,34 @@ def train(cfg: DictConfig) -> Outcome:
             raise FileNotFoundError(f"{key}={cfg[key]}: there is no such file (looked from {Path.cwd()})")
     if cfg.resume is not None and cfg.init_from is not None:
         raise ConfigError("resume goes on with all of a run, init_from takes weights alone; set one of them")
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
-    run = build(cfg)
-    if cfg.resume is not None:
-        check_resume(run.task.model, cfg.resume, run.task.class_names)
+
+
+def begin(run: Run) -> None:
+    """Check that a run can go on from where it is told to, and write what it is."""
+    from detseg.checkpoint import check_resume
+
+    if run.cfg.resume is not None:
+        check_resume(run.task.model, run.cfg.resume, run.task.class_names)
     if is_first_process():
-        write_run_files(run.cfg, directory)
+        write_run_files(run.cfg, Path(run.cfg.paths.output_dir))
         log.info(describe(run))
-    run.trainer.fit(run.task, datamodule=run.data, ckpt_path=cfg.resume, weights_only=True)
-    if cfg.resume is not None and read_checkpoint(cfg.resume).get("global_step") == run.trainer.global_step:
-        log.warning("resume=%s had come to its end: nothing was trained; raise trainer.max_epochs", cfg.resume)
+
+
+def fit(run: Run) -> None:
+    """Train."""
+    from detseg.checkpoint import read_checkpoint
+
+    resume = run.cfg.resume
+    run.trainer.fit(run.task, datamodule=run.data, ckpt_path=resume, weights_only=True)
+    if resume is not None and read_checkpoint(resume).get("global_step") == run.trainer.global_step:
+        log.warning("resume=%s had come to its end: nothing was trained; raise trainer.max_epochs", resume)
+
+
+def finish(run: Run) -> Outcome:
+    """Measure the best checkpoint, write the figures and say what there is."""
+    directory = Path(run.cfg.paths.output_dir)
     best = best_checkpoint(run)
-    if cfg.evaluate_after and best is not None:
+    if run.cfg.evaluate_after and best is not None:
         measure(run, best)
     figures = run.task.results.get("val", {})
     if is_first_process():

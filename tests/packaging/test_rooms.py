@@ -11,25 +11,44 @@ import pytest
 from shared import REPO
 
 SOURCE = REPO / "src" / "detseg"
-ROOMS = ["structures", "ops", "nn", "targets", "losses", "models", "metrics", "data", "tasks", "callbacks", "cli"]
+ROOMS = [
+    "structures",
+    "ops",
+    "nn",
+    "targets",
+    "losses",
+    "models",
+    "metrics",
+    "data",
+    "tasks",
+    "callbacks",
+    "engine",
+    "cli",
+]
 # Modules beside the rooms, and which rooms and modules each may know; "*" is everything.
 BESIDE = {
     "allow": (),
     "stamp": (),
     "suggest": (),
+    "durable": (),
+    "secrecy": (),
     "lettering": (),
     "visualize": ("structures", "ops", "lettering", "data"),
     "predictor": ("structures", "data"),
-    "checkpoint": ("allow", "nn", "predictor", "stamp"),
+    "checkpoint": ("allow", "durable", "nn", "predictor", "stamp"),
     "results": ("structures",),
     "config": ("*",),
     "evaluation": ("*",),
     "experiment": ("*",),
     "prediction": ("*",),
 }
-KNOWN_BESIDE = {"callbacks": {"stamp", "visualize", "lettering", "results"}, "cli": set(BESIDE)}
-LIGHTNING = {"data", "tasks", "callbacks", "cli", "config", "evaluation", "experiment"}
-HYDRA = {"cli", "config", "evaluation", "experiment", "prediction", "suggest"}
+KNOWN_BESIDE = {
+    "callbacks": {"stamp", "visualize", "lettering", "results", "durable", "secrecy"},
+    "engine": set(BESIDE),
+    "cli": set(BESIDE),
+}
+LIGHTNING = {"data", "tasks", "callbacks", "engine", "cli", "config", "evaluation", "experiment"}
+HYDRA = {"engine", "cli", "config", "evaluation", "experiment", "prediction", "suggest"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Sampler
 
 from detseg.data.check import DataError, Report, both_lists, check_classes
+from detseg.data.loader import LateLoader
 from detseg.data.parcel import ship
 from detseg.data.sample import Sample, SampleDataset, collate
 from detseg.data.samplers import EvalSampler, TrainSampler
@@ -24,17 +25,6 @@ log = logging.getLogger(__name__)
 
 TRUTHS = ("boxes", "instances", "semantic")
 """What a target holds: boxes alone, boxes and instance masks, or a class for every pixel."""
-
-
-class LateLoader(DataLoader[Sample]):
-    """Reads nothing before its first batch is asked for.
-
-    In a resumed run Lightning makes the iterator before it tells the sampler its epoch; workers would by then have
-    begun with the images of epoch 0.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator around torch's iterator
-        yield from super().__iter__()
 
 
 class DetectionData(L.LightningDataModule):

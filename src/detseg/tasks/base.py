@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol, cast
 
 import lightning as L
@@ -17,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from detseg.structures import Batch, Detections, SemanticMap, Target
+from detseg.tasks.groups import parameter_groups, peak_rate
 
 Prediction = Detections | SemanticMap
 
@@ -282,31 +282,13 @@ class Task(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return up to four groups: body of the backbone or not, with weight decay or without.
-
-        Raises:
-            ValueError: ``backbone_lr_scale`` is set, but the model has no parameter under ``backbone``.
-        """
-        named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-        prefix = "backbone.body." if any(name.startswith("backbone.body.") for name, _ in named) else "backbone."
-        keywords = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
-        rate = float(keywords.get("lr", 1e-3))
-        groups: dict[str, dict[str, Any]] = {}
-        for name, value in named:
-            body = self.backbone_lr_scale != 1.0 and name.startswith(prefix)
-            plain = value.ndim <= 1 and not self.decay_one_dimensional
-            key = ("body" if body else "rest") + ("_no_decay" if plain else "")
-            group = groups.setdefault(key, {"name": key, "params": []})
-            group["params"].append(value)
-            group["lr"] = rate * (self.backbone_lr_scale if body else 1.0)
-            if plain:
-                group["weight_decay"] = 0.0
-        if self.backbone_lr_scale != 1.0 and not any(key.startswith("body") for key in groups):
-            raise ValueError(
-                f"task.backbone_lr_scale is {self.backbone_lr_scale}, but no trained parameter's name begins with "
-                f"'backbone.' ({len(named)} parameters); set it to 1.0 for this model"
-            )
-        return [groups[key] for key in sorted(groups)]
+        """Return the optimiser's groups, see ``detseg.tasks.groups.parameter_groups``."""
+        return parameter_groups(
+            self.model,
+            rate=peak_rate(self.optimizer),
+            backbone_lr_scale=self.backbone_lr_scale,
+            decay_one_dimensional=self.decay_one_dimensional,
+        )
 
 
 def restore(predictions: Iterable[Prediction], batch: Batch) -> list[Any]:

@@ -1,0 +1,1 @@
+"""Runs and what happens around them: processes, resuming, sweeps, finders, dashboards."""
