@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.error import URLError
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,13 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from detseg.config import CONFIG_MODULE, ConfigError, config_error, load_config, quoted, register_resolvers
+from detseg.engine.errors import MENDABLE, WorkerFailed, exit_code, quiet, said
 
 DEBUG = "DETSEG_DEBUG"
 """Environment variable; set, an error shows where it arose."""
-
-
-MENDABLE = (ConfigError, ValueError, FloatingPointError, ImportError, OSError)
-"""Errors that a user can mend: one line instead of a traceback."""
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
@@ -80,7 +74,7 @@ def train_one(cfg: DictConfig) -> float | None:
     from detseg.cli.show import show
     from detseg.experiment import is_first_process, train
 
-    _quiet()
+    quiet()
     try:
         outcome = train(cfg)
     except MENDABLE as error:
@@ -120,7 +114,7 @@ def _compose_and_run(
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"detseg {verb} needs {', '.join(f'{key}=...' for key in missing)}; see detseg {verb} --help")
-    _quiet()
+    quiet()
     show(run(cfg))
 
 
@@ -132,35 +126,13 @@ def _verb_help(verb: str) -> str:
     return f"usage: detseg {verb} [key=value ...]\n\n{text}"
 
 
-def _quiet() -> None:
-    """Keep Lightning's tips and device lines out of a run's output; warnings stay."""
-    import lightning.pytorch  # it sets its loggers' levels when it is imported
-
-    assert lightning.pytorch
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 asks torch 2.14 in the old way; nothing that a user could mend.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-
-
-def _said(error: Exception) -> str:
-    """Return an error's message; of one from a worker, to which torch adds the worker's traceback, its own part."""
-    text = str(error)
-    if isinstance(error, URLError):
-        return f"cannot download ({text}); for published weights give a file instead, or null"
-    if not (text.startswith("Caught ") and "Original Traceback" in text):
-        return text
-    kind = type(error)
-    names = (f"{kind.__module__}.{kind.__qualname__}: ", f"{kind.__qualname__}: ")
-    return next((text.rpartition(f"\n{name}")[2].strip() for name in names if f"\n{name}" in text), text)
-
-
 def _fail(error: Exception) -> int:
     """Print an error in one line and return the exit code: 2 where what was asked for does not exist, else 1."""
     if os.environ.get(DEBUG):
         raise error
-    print(f"detseg: {_said(error)}", file=sys.stderr)
-    if isinstance(error, ConfigError | FileNotFoundError):
-        return 2
-    print(f"({type(error).__name__}; {DEBUG}=1 shows where it arose)", file=sys.stderr)
-    return 1
+    print(f"detseg: {said(error)}", file=sys.stderr)
+    code = exit_code(error)
+    if code != 2:
+        kind = error.kind if isinstance(error, WorkerFailed) else type(error).__name__
+        print(f"({f'{kind}; ' if kind else ''}{DEBUG}=1 shows where it arose)", file=sys.stderr)
+    return code
