@@ -30,7 +30,8 @@ BESIDE = {
     "allow": (),
     "stamp": (),
     "suggest": (),
-    "durable": (),
+    "atomic": (),
+    "durable": ("atomic",),
     "secrecy": (),
     "lettering": (),
     "visualize": ("structures", "ops", "lettering", "data"),
@@ -43,7 +44,8 @@ BESIDE = {
     "prediction": ("*",),
 }
 KNOWN_BESIDE = {
-    "callbacks": {"stamp", "visualize", "lettering", "results", "durable", "secrecy"},
+    "nn": {"durable"},
+    "callbacks": {"stamp", "visualize", "lettering", "results", "atomic", "durable", "secrecy"},
     "engine": set(BESIDE),
     "cli": set(BESIDE),
 }
