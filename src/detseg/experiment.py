@@ -53,15 +53,22 @@ def train(cfg: DictConfig) -> Outcome:
         ConfigError: the config does not fit, or its directory holds a run already.
         FileNotFoundError: ``resume`` or ``init_from`` names no file.
         CheckpointMismatch: the checkpoint of ``resume`` is of another model or of other classes.
+        WorkerFailed: one of several processes failed; the message names its rank.
     """
-    return train_here(cfg)
+    from detseg.engine.launch import launch
+    from detseg.engine.plan import launches
+
+    check_start(cfg)
+    return launch(cfg) if launches(cfg) else train_here(cfg)
 
 
 def train_here(cfg: DictConfig) -> Outcome:
-    """Train in this process, which may be one of several that do so together; see ``train``."""
+    """Train in this process, which may be one of several that do so together; see ``train``.
+
+    What calls it has checked the start: workers find ``resolved.yaml`` in their directory, as they shall.
+    """
     import torch
 
-    check_start(cfg)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     run = build(cfg)
     begin(run)
@@ -160,8 +167,10 @@ def measure(run: Run, checkpoint: Path) -> None:
 
 def write_run_files(cfg: DictConfig, directory: Path) -> None:
     """Write what a run was: ``resolved.yaml`` and ``environment.json`` (versions, platform, git commit, command)."""
+    from detseg.engine.plan import write_atomically
+
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "resolved.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    write_atomically(directory / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # other ranks may read it now
     write_json(directory / "environment.json", environment())
 
 

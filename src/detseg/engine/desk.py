@@ -1,0 +1,42 @@
+"""A directory of one machine through which a launcher, its agent and its workers tell each other things.
+
+It is temporary and no part of the run directory. Files are JSON: ``agent.json`` (which workers failed), ``pid_<rank>``
+(who is there to be sent a signal), ``rank_<rank>.json`` (how a worker ended) and ``outcome.json`` (what came out).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+DESK = "DETSEG_DESK"
+"""Environment variable: the directory. Not set where somebody started ``torch.distributed.run`` by hand."""
+
+LAUNCHER = "DETSEG_LAUNCHER"
+"""Environment variable: the process that started the run, without which its workers end."""
+
+LOG_FILE = "DETSEG_LOG_FILE"
+"""Environment variable: where the first worker writes what it prints, too."""
+
+
+def put(name: str, content: Any, directory: Path | None = None) -> None:
+    """Write ``content`` as JSON under ``name``, at once and whole; nothing happens without a directory."""
+    if directory is None and DESK not in os.environ:
+        return
+    path = (directory or Path(os.environ[DESK])) / name
+    beside = path.with_name(f".{name}.{os.getpid()}")
+    beside.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def take(name: str, directory: Path) -> Any:
+    """Return what was put under ``name``, or ``None``."""
+    path = directory / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def take_all(pattern: str, directory: Path) -> list[Any]:
+    """Return everything that was put under names like ``pattern``, in the order of the names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob(pattern))]

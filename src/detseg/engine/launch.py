@@ -1,0 +1,206 @@
+"""Starting the processes of a run, passing signals on to them, and saying how they ended.
+
+The process that composed the config does this; see DESIGN. It trains nothing itself and starts no device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import DictConfig
+
+from detseg.engine import desk
+from detseg.engine.errors import WorkerFailed
+from detseg.engine.plan import Plan, plan, write_config
+from detseg.engine.worker import ASKED, PATHS
+from detseg.experiment import Outcome
+
+log = logging.getLogger(__name__)
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that a launcher passes on to every worker."""
+
+PATIENCE = 60.0
+"""Seconds from the first signal to end until the workers are killed: they may be writing a large checkpoint."""
+
+
+def launch(cfg: DictConfig) -> Outcome:
+    """Train in the processes that ``cfg`` asks for.
+
+    Args:
+        cfg: as composed; written to ``resolved.yaml`` in the run directory, which the workers read.
+
+    Raises:
+        WorkerFailed: one of them failed; the message names its rank and says its error.
+        SystemExit: they were asked to end by a signal, and did.
+    """
+    wanted = plan(cfg)
+    config = Path(cfg.paths.output_dir) / "resolved.yaml"
+    write_config(cfg, config, wanted)
+    with tempfile.TemporaryDirectory(prefix="detseg-") as name:
+        place = Path(name)
+        code = attend(agent_command(wanted, config), environment(wanted, place), place, workers=wanted.local)
+        return conclude(place, code)
+
+
+def agent_command(wanted: Plan, config: Path) -> list[str]:
+    """Return the command that starts the workers of this machine."""
+    # An address, as names of machines do not resolve everywhere; port 0: the agent takes a free one.
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--rdzv-id=detseg"]
+    ranks = ["--nnodes=1", f"--nproc-per-node={wanted.local}"]
+    worker = ["-m", "detseg.engine.worker", "--config", str(config.absolute())]
+    return [sys.executable, "-m", "detseg.engine.agent", *ranks, *meeting, *worker]
+
+
+def environment(wanted: Plan, place: Path) -> dict[str, str]:
+    """Return the environment of the agent and its workers; what the user set stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = {desk.DESK: str(place), desk.LAUNCHER: str(os.getpid()), desk.LOG_FILE: _log_file()}
+    wishes = {
+        "OMP_NUM_THREADS": str(max(1, cores // wanted.local)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",  # seconds that the others have when one has failed
+    }
+    if wanted.nodes == 1:  # else gloo looks for this machine's name, which not every network knows
+        wishes["GLOO_SOCKET_IFNAME"] = _loopback()
+    return wishes | dict(os.environ) | own
+
+
+def _loopback() -> str:
+    import socket
+
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def _log_file() -> str:
+    """Return the file that this process logs to, as Hydra set it up; empty if there is none."""
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    return files[0].baseFilename if files else ""
+
+
+def attend(command: list[str], env: Mapping[str, str], place: Path, *, workers: int) -> int:
+    """Run the agent to its end, passing on signals; return its exit code.
+
+    Args:
+        command: starts the agent.
+        env: its environment.
+        place: the desk.
+        workers: how many of them will say that they are there.
+    """
+    # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
+    agent = subprocess.Popen(command, env=dict(env), start_new_session=True)
+    try:
+        with forwarding(agent, place, workers) as sent:
+            code = agent.wait()
+    finally:
+        end(agent)
+    if code and sent and not desk.take_all("rank_*.json", place):  # before anybody could save anything
+        raise SystemExit(128 + sent[0])
+    return code
+
+
+@contextmanager
+def forwarding(agent: subprocess.Popen[bytes], place: Path, workers: int) -> Iterator[list[int]]:
+    """Pass signals on to the workers while the agent runs; where they cannot take them yet, end the agent.
+
+    Yields:
+        the signals that came.
+    """
+    sent: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        sent.append(number)
+        pids = desk.take_all("pid_*", place)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if number != signal.SIGUSR1 or len(pids) < workers:
+            threading.Thread(target=_lose_patience, args=(agent, PATIENCE), daemon=True).start()
+        if len(pids) < workers:  # still importing: there is nothing to save
+            agent.send_signal(signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # as in a notebook's executor; no signals come here
+        yield sent
+        return
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield sent
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _lose_patience(agent: subprocess.Popen[bytes], seconds: float) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        agent.wait(seconds)
+        return
+    end(agent)
+
+
+def end(agent: subprocess.Popen[bytes]) -> None:
+    """Kill the agent and its workers, which are a process group each, if any are left."""
+    if agent.poll() is None:
+        agent.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            agent.wait(15)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+
+
+def conclude(place: Path, code: int) -> Outcome:
+    """Return what the first worker left, or raise what went wrong; see ``launch``."""
+    notes: list[dict[str, Any]] = desk.take_all("rank_*.json", place)
+    left = desk.take("outcome.json", place)
+    for note in notes:
+        if note["code"] in ASKED or (note["ended"] and note["code"] == 0 and left is None):  # 0: Slurm starts it anew
+            raise SystemExit(note["code"])
+    if code == 0 and left is not None:
+        paths = {key: left[key] for key in PATHS}
+        checkpoint = None if paths["checkpoint"] is None else Path(paths["checkpoint"])
+        files = [Path(path) for path in paths["files"]]
+        return Outcome(**left | {"directory": Path(paths["directory"]), "checkpoint": checkpoint, "files": files})
+    raise failure(notes, desk.take("agent.json", place) or {}, code)
+
+
+def failure(notes: list[dict[str, Any]], report: Mapping[str, Any], code: int) -> WorkerFailed:
+    """Return the error that names who failed first.
+
+    Args:
+        notes: of the workers that could leave one.
+        report: of the agent: what it saw.
+        code: of the agent.
+    """
+    killed = [item for item in report.get("failures", []) if item["code"] < 0]
+    if killed:  # its neighbours' errors about a lost connection follow from that
+        first = min(killed, key=lambda item: item["time"])
+        name = signal.Signals(-first["code"]).name
+        return WorkerFailed(
+            f"rank {first['rank']} (process {first['pid']}) was ended by {name}"
+            f"{'; the system does that where memory runs out' if name == 'SIGKILL' else ''}; all processes of the run "
+            "were ended",
+            code=128 - first["code"],
+        )
+    failed = sorted((note for note in notes if note["code"]), key=lambda note: (_lost_peer(note), note["time"]))
+    if failed:
+        first = failed[0]
+        return WorkerFailed(f"rank {first['rank']}: {first['message']}", code=first["code"], kind=first["kind"])
+    for item in report.get("failures", []):
+        return WorkerFailed(f"rank {item['rank']} (process {item['pid']}) ended with {item['code']}", code=item["code"])
+    return WorkerFailed(f"the workers did not start: {report.get('error', f'the agent ended with {code}')}", code=1)
+
+
+def _lost_peer(note: Mapping[str, Any]) -> bool:
+    """Say whether a worker failed because another one had."""
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "recvBytes")
+    return any(word in note["message"] for word in words)

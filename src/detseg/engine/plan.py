@@ -1,0 +1,116 @@
+"""How many processes a config asks for, and the file by which they are told what to do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+LATE = ("data.num_classes", "oc.env:")
+"""What an interpolation refers to that is left to the workers: known only when the data are read, or not to be put
+into a file."""
+
+SPAWNED = ("_spawn", "_fork", "_notebook")
+"""Ends of the names of strategies that start their processes themselves."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes of a run.
+
+    Attributes:
+        local: on each machine.
+        nodes: machines.
+        rendezvous: ``host:port`` where the machines meet; empty on one machine.
+    """
+
+    local: int
+    nodes: int = 1
+    rendezvous: str = ""
+
+    @property
+    def world(self) -> int:
+        """All processes."""
+        return self.local * self.nodes
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """Return the processes that ``cfg`` asks for; without starting a device, as a fork may follow."""
+    nodes = int(cfg.get("nodes") or cfg.trainer.num_nodes)
+    return Plan(local=local_processes(cfg.trainer), nodes=nodes, rendezvous=str(cfg.get("rdzv") or ""))
+
+
+def local_processes(trainer: DictConfig) -> int:
+    """Return how many processes one machine gets: one per device, as Lightning reads ``trainer.devices``."""
+    devices, accelerator = trainer.devices, str(trainer.accelerator)
+    if isinstance(devices, list | tuple | ListConfig):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    text = str(devices).strip()
+    if text not in ("auto", "-1"):
+        return int(text)
+    return max(1, _gpus()) if accelerator in ("auto", "gpu", "cuda") else 1
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def is_worker() -> bool:
+    """Say whether this process was started by ``torch.distributed.run`` or its like, as one of several."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launches(cfg: DictConfig) -> bool:
+    """Say whether ``cfg`` needs processes beside this one, which is not itself one of them."""
+    strategy = cfg.trainer.strategy
+    own = isinstance(strategy, str) and strategy.endswith(SPAWNED)
+    return not is_worker() and not own and plan(cfg).world > 1
+
+
+def write_config(cfg: DictConfig, path: Path, wanted: Plan) -> None:
+    """Write what the workers read: all that is drawn, timed or composed is settled, so all of them read the same.
+
+    Args:
+        cfg: as composed.
+        path: written through a file of its own beside it, as a worker may read at any time.
+        wanted: the processes, whose numbers are written in place of ``auto`` and ``-1``.
+    """
+    settled = cast(DictConfig, OmegaConf.create(settle(cfg)))
+    if not isinstance(settled.trainer.devices, ListConfig):
+        settled.trainer.devices = wanted.local
+    settled.trainer.num_nodes = wanted.nodes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, OmegaConf.to_yaml(settled))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that whoever reads it finds the old one or the new one, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def settle(node: Any) -> Any:
+    """Return ``node`` as plain containers with interpolations resolved, but for those that are ``LATE``."""
+    if isinstance(node, DictConfig):
+        return {key: _settle_item(node, key) for key in node}
+    if isinstance(node, ListConfig):
+        return [_settle_item(node, index) for index in range(len(node))]
+    return node
+
+
+def _settle_item(parent: Any, key: Any) -> Any:
+    if OmegaConf.is_missing(parent, key):
+        return "???"
+    if OmegaConf.is_interpolation(parent, key):
+        raw = str(parent._get_node(key)._value())
+        if any(late in raw for late in LATE):
+            return raw
+    return settle(parent[key])
