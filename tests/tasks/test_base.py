@@ -49,10 +49,11 @@ class TestSteps:
 
     def test_train_figures_are_logged_when_due_only(self, tmp_path: Path):
         task, calls = make(), []
-        task.log_dict = lambda figures, **_: calls.append((task.global_step, sorted(figures)[0]))  # type: ignore
+        plain = task.train_row.add
+        task.train_row.add = lambda *given: (calls.append((task.global_step, *given[1])), plain(*given))  # type: ignore
         runner = trainer(tmp_path, log_every_n_steps=3, limit_val_batches=0)
         runner.fit(task, loader(*[batch([target(1)])] * 7))
-        assert [step for step, name in calls] == [2, 5]
+        assert [(step, name) for step, name, *_ in calls] == [(2, "train/loss"), (5, "train/loss")]
 
     def test_losses_of_uneven_batches_are_averaged_per_image(self, tmp_path: Path):
         task, runner = make(), trainer(tmp_path)
@@ -89,7 +90,7 @@ class TestSteps:
     def test_evaluation_samples_alike_and_leaves_trainings_random_numbers_alone(self):
         """Two-stage losses draw samples: the figure must not depend on what ran before, nor training on validation."""
         task, seen = make(), []
-        task.log_dict = lambda figures, **_: seen.append(float(figures["val/loss_box"]))  # type: ignore[method-assign]
+        task.mean_rows["val"].add = lambda figures, images: seen.append(float(figures["loss_box"]))  # type: ignore
         plain = task.model.loss
         task.model.loss = lambda *given: plain(*given) | {"loss_box": torch.rand(())}  # type: ignore[method-assign]
         state = torch.get_rng_state()

@@ -48,7 +48,8 @@ class CocoAP(SceneMetric):
 
     ``compute`` gives float64 scalars ``map, map_50, map_75, map_small, map_medium, map_large``, ``mar_1, mar_10,
     mar_100`` (one per limit), ``mar_small, mar_medium, mar_large``; tensors ``map_per_class, map_50_per_class,
-    mar_100_per_class`` ``(K,)``; and the numbers of objects behind them, ``count, count_small, count_medium,
+    mar_100_per_class`` ``(K,)``; the curves ``precision_50`` and ``precision_75``, ``(K, 101)`` interpolated precision
+    at recall 0, 0.01, ..., 1 and IoU 0.5 and 0.75; and the numbers of objects behind them, ``count, count_small, count_medium,
     count_large`` and ``count_per_class``. Figures that rest on no object are NaN.
 
     Args:
@@ -257,6 +258,7 @@ def coco_figures(tables: CocoTables, limits: Sequence[int]) -> dict[str, Any]:
         "map_per_class": precision[:, 0].mean(axis=(1, 2)),
         "map_50_per_class": precision[:, 0, :, 0].mean(axis=1),
     }
+    values |= {"precision_50": precision[:, 0, :, 0], "precision_75": precision[:, 0, :, 5]}
     values |= {f"mar_{limits[-1]}_per_class": recall[:, 0, -1].mean(axis=1), "count": int(count[:, 0].sum())}
     values |= {f"count_{area}": int(count[:, a].sum()) for a, area in enumerate(AREAS) if a}
     return values | {"count_per_class": count[:, 0]}

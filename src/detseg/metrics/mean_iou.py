@@ -27,7 +27,8 @@ class MeanIoU(DictMetric):
 
     ``compute`` gives float64 scalars ``miou``, ``dice``, ``pixel_accuracy``, ``mean_class_accuracy``, ``fw_iou`` (IoU
     weighted by the classes' share of pixels); ``(K,)`` tensors ``iou_per_class``, ``dice_per_class``,
-    ``accuracy_per_class``; and ``count``, ``count_per_class``, the pixels of truth. NaN where there are none.
+    ``accuracy_per_class``; ``count``, ``count_per_class``, the pixels of truth; and ``confusion`` ``(K, K)`` itself.
+    NaN where there are no pixels.
 
     Args:
         num_classes: K, background included where it is a class.
@@ -79,7 +80,8 @@ class MeanIoU(DictMetric):
 
     def compute(self) -> Figures:
         """Return the figures named in the class's docstring."""
-        return self.figures(segmentation_figures(self.confusion.cpu()))
+        matrix = self.confusion.cpu()
+        return self.figures(segmentation_figures(matrix) | {"confusion": matrix})
 
     def _blame(self, target: Target, predicted: Tensor, truth: Tensor) -> None:
         try:

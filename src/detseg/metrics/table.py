@@ -32,7 +32,7 @@ def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None =
     """
     rows = []
     for key, value in figures.items():
-        if _COUNT.search(key):
+        if _COUNT.search(key) or (isinstance(value, Tensor) and value.ndim > 1):  # nor are curves and matrices
             continue
         for index, number in _entries(value):
             name = key if index is None else f"{key} {_name(index, class_names)}"

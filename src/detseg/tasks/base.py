@@ -17,15 +17,14 @@ from torchmetrics import Metric
 
 from detseg.structures import Batch, Detections, SemanticMap, Target
 from detseg.tasks.groups import parameter_groups, peak_rate
+from detseg.tasks.position import POSITION, Position
+from detseg.tasks.guarding import StepGuard, clip_gradients
+from detseg.tasks.rows import MeanRow, TrainRow
 
 Prediction = Detections | SemanticMap
 
 COUNT = re.compile(r"(^|_)count(_|$)")
 """Names of counts of objects or pixels: kept in ``results``, where they explain an n/a, but not logged."""
-
-
-RANDOM_STATE = "detseg_random_state"
-"""Key of a checkpoint, for ``resume``."""
 
 
 class MakeScheduler(Protocol):
@@ -53,6 +52,7 @@ class Task(L.LightningModule):
         decay_one_dimensional: weight decay on norms and biases too.
         channels_last: keep images and weights with the channels innermost, which speeds up depthwise bodies on a CPU
             and convolutions on a GPU; results differ by rounding alone.
+        layer_decay: learning rate of a layer of the body relative to the next; see ``parameter_groups``.
 
     Raises:
         ValueError: the model's number of classes is not that of the names, or ``mode`` is neither word.
@@ -70,6 +70,7 @@ class Task(L.LightningModule):
         backbone_lr_scale: float = 1.0,
         decay_one_dimensional: bool = False,
         channels_last: bool = False,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         if mode not in ("max", "min"):
@@ -86,9 +87,20 @@ class Task(L.LightningModule):
         self.class_names = list(class_names)
         self.monitor, self.mode = monitor, mode
         self.backbone_lr_scale, self.decay_one_dimensional = backbone_lr_scale, decay_one_dimensional
-        self._random_state: dict[str, Any] | None = None
+        self.layer_decay = layer_decay
+        self.position = Position()
+        self.guard: StepGuard | None = None
+        """What watches the steps from within while training, such as ``detseg.callbacks.Guard``."""
+        self.gradient_norm: Tensor | None = None
+        """Of the last step's gradients before they were clipped, on their device; ``None`` without a guard."""
+        self.last_batch: Batch | None = None
+        """The batch of the step that runs or ran last, in host memory, for messages."""
         self.results: dict[str, dict[str, float]] = {}
         """Stage ("val", "test") -> every figure and count of its last epoch by name without stage; NaN is n/a."""
+        self.tables: dict[str, dict[str, Mapping[str, Tensor]]] = {}
+        """Stage -> what each metric computed last, by the metric's name: curves and confusion matrices for pictures."""
+        self.train_row = TrainRow()
+        self.mean_rows = {"val": MeanRow(), "test": MeanRow()}
         self.meters = nn.ModuleDict(
             {f"{stage}_meters": nn.ModuleDict(self.configure_metrics()) for stage in ("val", "test")}
         )
@@ -130,6 +142,7 @@ class Task(L.LightningModule):
             ValueError: with ``channels_last`` on a CPU, a 1x1 convolution of stride 2 has channels that are no multiple
                 of 8: oneDNN's gradient of its weights writes beyond its memory (seen with torch 2.14 on AVX-512).
         """
+        self.position.prepare(self.trainer)
         if self.layout != torch.channels_last or self.device.type != "cpu":
             return
         for name, layer in self.model.named_modules():
@@ -140,23 +153,30 @@ class Task(L.LightningModule):
                     f"{layer.in_channels} channels, whose training crashes on a CPU in this layout; set it to false"
                 )
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Keep hold of the batch until the next, for messages and for the guard."""
+        self.last_batch = batch
+        if self.guard is not None and self.trainer.training:
+            self.guard.take(batch)
+        return batch
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the sum of the model's loss terms.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite; looked at on a CPU in every step, else when logging.
+            FloatingPointError: the loss is NaN or infinite; looked at on a CPU in every step, else when logging. A
+                guard does so instead where there is one, before the optimiser's step.
         """
         outputs = self.model(self._images(batch), batch.sizes, batch.targets)
         terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()
         logging = (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0
-        if logging or loss.device.type == "cpu":
+        if self.guard is None and (logging or loss.device.type == "cpu"):
             self._check_finite(loss, terms, batch)
-        if logging:  # half a millisecond per figure, whatever the interval: so only when it is due
+        if logging:
             figures = {"loss": loss, **terms, **self._diagnose(outputs, batch)}
-            named = {f"train/{name}": value.detach() for name, value in figures.items()}
-            self.log_dict(named, on_step=True, on_epoch=False, prog_bar=False, batch_size=len(batch))
-        return loss
+            self.train_row.add(self.trainer, {f"train/{name}": value for name, value in figures.items()})
+        return loss if self.guard is None else self.guard.follow(loss, terms)
 
     def validation_step(  # type: ignore[override]  # Lightning passes lists on to callbacks as well
         self, batch: Batch, batch_index: int
@@ -174,9 +194,18 @@ class Task(L.LightningModule):
         """Return the predictions in the photos' own pixels, one per image."""
         return restore(self(batch), batch)
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Send the step's figures to the loggers, where they are due and the optimiser stepped."""
+        self.train_row.step_done(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        """Leave no row behind."""
+        self.train_row.flush(self.trainer)
+
     def on_validation_epoch_end(self) -> None:
         """Compute the validation split's figures."""
         self._finish("val")
+        self.position.validated(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         """Compute the test split's figures."""
@@ -189,13 +218,7 @@ class Task(L.LightningModule):
             outputs = self.model(self._images(batch), batch.sizes, batch.targets)
             terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         figures = {"loss": torch.stack(list(terms.values())).sum(), **terms, **self._diagnose(outputs, batch)}
-        self.log_dict(
-            {f"{stage}/{name}": value for name, value in figures.items()},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(batch),
-        )
+        self.mean_rows[stage].add(figures, images=len(batch))
         try:
             predictions = restore(cast(Any, self.model).predict(outputs, batch.sizes), batch)
         except ValueError as error:  # detections check themselves, but know no image
@@ -224,17 +247,15 @@ class Task(L.LightningModule):
         values = {name: metric.compute() for name, metric in self.metrics(stage).items()}
         for metric in self.metrics(stage).values():
             metric.reset()
-        figures = self.name_figures(values)
-        losses = {
-            name.removeprefix(f"{stage}/"): float(value)
-            for name, value in self.trainer.callback_metrics.items()
-            if name.startswith(f"{stage}/") and name.removeprefix(f"{stage}/") not in figures
-        }
-        self.results[stage] = {**figures, **losses}
+        self.tables[stage] = values
+        losses = self.mean_rows[stage].take()
+        own = self.name_figures(values)
+        figures = own | {name: value for name, value in losses.items() if name not in own}
+        self.results[stage] = figures
         logged = {
             f"{stage}/{name}": value
             for name, value in figures.items()
-            if not math.isnan(value) and not COUNT.search(name)
+            if name in losses or not (math.isnan(value) or COUNT.search(name))
         }
         if self.monitor.startswith(f"{stage}/"):  # n/a here too: a missing key would stop the checkpoint callback
             logged.setdefault(self.monitor, figures.get(self.monitor.removeprefix(f"{stage}/"), math.nan))
@@ -250,27 +271,39 @@ class Task(L.LightningModule):
             "lower optimizer.lr, lengthen the warm-up, or set trainer.gradient_clip_val"
         )
 
-    # Resuming: two-stage losses and dropout draw random numbers, which go on where they were
+    # Resuming, see ``detseg.tasks.position``
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers, on the CPU and on the GPU in use."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        checkpoint[RANDOM_STATE] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        """Keep the place in the run, and the state of the random numbers of every process."""
+        checkpoint[POSITION] = self.position.capture(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of the random numbers, for ``on_train_start``."""
-        self._random_state = checkpoint.get(RANDOM_STATE)
+        """Take up the place in the run."""
+        self.position.load(self, checkpoint)
 
     def on_train_start(self) -> None:
-        """Let a resumed run go on with the random numbers of the one before."""
-        state, self._random_state = self._random_state, None
-        if state is None:
-            return
-        torch.set_rng_state(state["cpu"].cpu())
-        if state["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+        """Let a resumed run go on with the random numbers of the one before.
+
+        Raises:
+            ValueError: the checkpoint is from within an epoch, and the batches are not the same ones.
+        """
+        self.position.restore(self)
 
     # Optimisation
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says; with a guard, which judges the clipping's own norm, the norm is taken just once."""
+        if self.guard is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = self.trainer.precision_plugin.main_params(optimizer)
+        self.gradient_norm = clip_gradients(parameters, value=gradient_clip_val, algorithm=gradient_clip_algorithm)
+        self.guard.judge(self.gradient_norm, optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser over ``parameter_groups``, and the schedule, which steps with it."""
@@ -288,6 +321,7 @@ class Task(L.LightningModule):
             rate=peak_rate(self.optimizer),
             backbone_lr_scale=self.backbone_lr_scale,
             decay_one_dimensional=self.decay_one_dimensional,
+            layer_decay=self.layer_decay,
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from detseg.metrics import CocoAP, VocAP
+from detseg.metrics import BoxConfusion, CocoAP, VocAP
 from detseg.structures import Detections, Target
 from detseg.tasks.base import MakeScheduler, Task, per_class, scalars
 
@@ -32,6 +32,7 @@ class Detection(Task):
         backbone_lr_scale: learning rate of the backbone's body relative to the rest.
         decay_one_dimensional: weight decay on norms and biases too.
         channels_last: keep images and weights with the channels innermost.
+        layer_decay: learning rate of a layer of the body relative to the next.
         voc_ap: 2007 for VOC's AP at 11 points, 2010 for the area under the curve, ``None`` for COCO's figures alone.
 
     Raises:
@@ -50,6 +51,7 @@ class Detection(Task):
         backbone_lr_scale: float = 1.0,
         decay_one_dimensional: bool = False,
         channels_last: bool = False,
+        layer_decay: float = 1.0,
         voc_ap: int | str | None = None,
     ) -> None:
         self.voc_ap = None if voc_ap is None else str(voc_ap)  # read by configure_metrics, which the base calls
@@ -63,11 +65,13 @@ class Detection(Task):
             backbone_lr_scale=backbone_lr_scale,
             decay_one_dimensional=decay_one_dimensional,
             channels_last=channels_last,
+            layer_decay=layer_decay,
         )
 
     def configure_metrics(self) -> dict[str, Metric]:
-        """Return AP of boxes."""
+        """Return AP of boxes, and which class is taken for which."""
         metrics: dict[str, Metric] = {"box": CocoAP(iou_type="bbox", class_names=self.class_names)}
+        metrics["confusion"] = BoxConfusion(class_names=self.class_names)
         if self.voc_ap is not None:
             style = cast(Literal["2007", "2010"], self.voc_ap)  # VocAP says so if it is neither
             metrics["voc"] = VocAP(style=style, class_names=self.class_names)
@@ -77,7 +81,7 @@ class Detection(Task):
         self, metrics: Mapping[str, Metric], predictions: list[Detections], truths: list[Target], **context: Any
     ) -> None:
         """Count the boxes of one batch."""
-        for name in ("box", "voc"):
+        for name in ("box", "confusion", "voc"):
             if name in metrics:
                 metrics[name].update(predictions, truths)
 
