@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
+from detseg.losses.normalise import normaliser, sum_over_ranks
 from detseg.structures.maps import IGNORE_INDEX
 
 
@@ -29,7 +30,9 @@ def cross_entropy(
     pixel_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Return the weighted mean cross entropy over all valid pixels of a batch; zero where none is valid.
+    """Return the weighted mean cross entropy over all valid pixels of a batch, in training that of all ranks.
+
+    It is zero where no pixel is valid.
 
     Args:
         logits: ``(B, K, H, W)``.
@@ -47,11 +50,11 @@ def cross_entropy(
         weights = weights * class_weights[labels.where(valid, 0)]  # (B, H, W)
     if pixel_weights is not None:
         losses, weights = losses * pixel_weights, weights * pixel_weights  # (B, H, W)
-    return losses.sum() / weights.sum().clamp(min=torch.finfo(losses.dtype).eps)
+    return losses.sum() / normaliser(weights.sum(), least=torch.finfo(losses.dtype).eps)
 
 
 def dice_scores(logits: Tensor, labels: Tensor, *, smooth: float = 1.0, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Return the soft Dice coefficient of each class over a batch, ``(K,)`` in [0, 1].
+    """Return the soft Dice coefficient of each class over a batch, in training that of all ranks, ``(K,)`` in [0, 1].
 
     Args:
         logits: ``(B, K, H, W)``.
@@ -60,10 +63,12 @@ def dice_scores(logits: Tensor, labels: Tensor, *, smooth: float = 1.0, ignore_i
         ignore_index: label of pixels that do not count.
     """
     valid = (labels != ignore_index)[:, None]  # (B, 1, H, W)
-    probabilities = logits.float().softmax(dim=1) * valid  # (B, K, H, W)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = wide.softmax(dim=1) * valid  # (B, K, H, W)
     truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]).permute(0, 3, 1, 2) * valid  # (B, K, H, W)
-    intersection = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
-    total = probabilities.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))  # (K,)
+    both = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
+    either = probabilities.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))  # (K,)
+    intersection, total = sum_over_ranks(torch.stack([both, either])).unbind()  # (K,) each
     return (2 * intersection + smooth) / (total + smooth)  # (K,)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.normalise import normaliser
 from detseg.losses.smooth_l1 import SmoothL1
 from detseg.models.region_features import RegionAlign, stack_regions
 from detseg.ops.boxes import box_iou, clip_boxes, large_enough
@@ -178,7 +179,7 @@ class BoxBranch(nn.Module):
         return samples
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: RegionSamples) -> dict[str, Tensor]:
-        """Return ``loss_classifier`` and ``loss_box``, both per sampled region (Fast R-CNN, eq. 1).
+        """Return ``loss_classifier`` and ``loss_box``, both per sampled region (Fast R-CNN, eq. 1); see ``normaliser``.
 
         Args:
             logits: ``(R, K + 1)`` of the sampled regions.
@@ -188,7 +189,7 @@ class BoxBranch(nn.Module):
         labels = torch.cat(samples.labels)  # (R,)
         positive = (labels > 0).nonzero().flatten()  # (P,)
         wanted = self.coder.encode(torch.cat(samples.truth)[positive], torch.cat(samples.boxes)[positive])  # (P, 4)
-        count = max(1, len(labels))
+        count = normaliser(torch.tensor(len(labels), device=logits.device))
         return {
             "loss_classifier": self.classification_loss(logits, labels) / count,
             "loss_box": self.box_loss(deltas[positive, labels[positive]], wanted) / count,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from detseg.losses.normalise import normaliser
 from detseg.models.box_branch import RegionSamples
 from detseg.models.region_features import RegionAlign, stack_regions
 from detseg.ops.paste import paste_masks
@@ -98,7 +99,7 @@ class MaskBranch(nn.Module):
         return stack_regions([box[label > 0] for box, label in zip(samples.boxes, samples.labels, strict=True)])
 
     def loss(self, logits: Tensor, samples: RegionSamples, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return ``loss_mask``, the mean over cells of the mask of the true class (section 3).
+        """Return ``loss_mask``, the mean over cells (of all ranks) of the mask of the true class (section 3).
 
         Args:
             logits: ``(R, K, S, S)`` of the regions that ``positives`` gave.
@@ -114,7 +115,8 @@ class MaskBranch(nn.Module):
             ]
         )  # (R, S, S)
         chosen = logits[torch.arange(len(labels), device=labels.device), labels]  # (R, S, S)
-        return {"loss_mask": self.mask_loss(chosen, wanted.to(chosen)) / max(1, wanted.numel())}
+        count = normaliser(torch.tensor(wanted.numel(), device=logits.device))
+        return {"loss_mask": self.mask_loss(chosen, wanted.to(chosen)) / count}
 
     def draw(
         self, features: Sequence[Tensor], found: Sequence[Detections], strides: Sequence[int], sizes: Tensor

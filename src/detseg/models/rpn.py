@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.normalise import normaliser
 from detseg.losses.smooth_l1 import SmoothL1
 from detseg.ops.boxes import clip_boxes, large_enough
 from detseg.ops.nms import BatchedNMS, Suppression
@@ -239,11 +240,14 @@ class RegionProposalNetwork(nn.Module):
     def loss(self, outputs: RPNOutputs, samples: AnchorSamples) -> dict[str, Tensor]:
         """Return ``loss_objectness`` and ``loss_rpn_box``, both per sampled anchor (eq. 1 as torchvision weighs it).
 
+        In training the anchors of all ranks count.
+
         Args:
             outputs: of ``forward``.
             samples: of ``sample`` for the same images.
         """
-        count = max(1, len(samples.positive) + len(samples.background))
+        drawn = len(samples.positive) + len(samples.background)
+        count = normaliser(torch.tensor(drawn, device=outputs.objectness.device))
         logits = outputs.objectness.flatten()[torch.cat([samples.positive, samples.background])]  # (P + Q,)
         wanted = torch.zeros_like(logits)  # (P + Q,)
         wanted[: len(samples.positive)] = 1.0
