@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from detseg.durable import Damaged, read_sealed
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ def read_plain(path: str | Path, what: str) -> Any:
         path: the file.
         what: it is, for messages, such as ``"checkpoint"``.
 
+    A file with a seal, as detseg writes them, is compared with it first.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, no file of torch's, or holds more than plain values and tensors.
@@ -126,8 +128,12 @@ def read_plain(path: str | Path, what: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{what} {path} does not exist (looked from {Path.cwd()})")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return read_sealed(path)
+    except OSError:
+        raise
+    except Damaged as error:
+        raise ValueError(f"{what} {error}; take an earlier one, such as last-1.ckpt or best.ckpt beside it") from error
+    except Exception as error:  # a foreign file can make the unpickler fail in any way
         raise ValueError(
             f"{what} {path} cannot be read with weights_only=True: {_reason(error)}. It is none, is damaged, or holds "
             "Python objects, which could run code of their own; let the program that wrote it save a plain state dict"
