@@ -66,8 +66,8 @@ def test_a_target_outside_the_allowed_packages_is_refused_before_anything_is_cal
     with pytest.raises(RefusedTarget, match=r"os\.system"):
         load(bad, allow=["tiny_models"])
     assert tiny_models.CALLED == []
-    transform = {"_target_": "detseg.stamp.run", "args": ["true"]}
-    with pytest.raises(RefusedTarget, match="subprocess"):
+    transform = {"_target_": "detseg.data.cache.os.system", "command": "true"}
+    with pytest.raises(RefusedTarget, match="the module os"):
         load(
             save(tmp_path / "bad.ckpt", tiny_models.BrightBox(num_classes=2), eval_transform=transform),
             allow=["tiny_models"],

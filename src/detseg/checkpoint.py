@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detseg.allow import ALLOWED_PREFIXES, check_target
+from detseg.allow import MODEL_RULES, build_plain, rules_for
 from detseg.nn.weights import CheckpointMismatch, load_weights, read_plain
 from detseg.predictor import Predictor
 from detseg.stamp import STAMP_FORMAT, STAMP_KEY
@@ -38,15 +37,15 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", allow: Sequenc
     """
     checkpoint = read_checkpoint(path)
     stamp = read_stamp(path, checkpoint)
-    prefixes = (*ALLOWED_PREFIXES, *(f"{name.rstrip('.')}." for name in allow))
-    model = build_plain(without_downloads(_part(stamp, "model", path)), prefixes)
+    rules = rules_for(allow, MODEL_RULES)
+    model = build_plain(without_downloads(_part(stamp, "model", path)), rules)
     load_weights(model, model_state(checkpoint), source=f"checkpoint {path}")
     transform = stamp.get("eval_transform")
     return Predictor(
         model=model,
         class_names=_part(stamp, "class_names", path),
         category_ids=_part(stamp, "category_ids", path),
-        transform=None if transform is None else build_plain(transform, prefixes),
+        transform=None if transform is None else build_plain(transform, rules),
         size_divisor=stamp.get("size_divisor") or 32,
     ).to(device)
 
@@ -166,53 +165,6 @@ def without_downloads(node: Any) -> Any:
         elif key == "pretrained":
             changed[key] = False
     return changed
-
-
-def build_plain(node: Any, allowed_prefixes: Sequence[str] = ALLOWED_PREFIXES) -> Any:
-    """Build what a plain config describes, as Hydra's ``instantiate`` would, calling allowed targets only.
-
-    Args:
-        node: plain values; a dict with ``_target_`` becomes the result of the call, with ``_partial_: true`` a
-            ``functools.partial``. ``_args_`` are positional. Nothing is interpolated.
-        allowed_prefixes: see ``detseg.allow.check_target``; every target is checked before the first is called.
-
-    Raises:
-        RefusedTarget: a target is not allowed.
-        TypeError: a call does not take its arguments; the message names the target.
-    """
-    for path in _targets(node):
-        check_target(path, allowed_prefixes)
-    return _build(node, allowed_prefixes)
-
-
-def _build(node: Any, allowed_prefixes: Sequence[str]) -> Any:
-    if isinstance(node, list):
-        return [_build(item, allowed_prefixes) for item in node]
-    if not isinstance(node, dict):
-        return node
-    built = {key: _build(value, allowed_prefixes) for key, value in node.items()}
-    path = built.pop("_target_", None)
-    if path is None:
-        return built
-    positional, partial = built.pop("_args_", []), built.pop("_partial_", False)
-    arguments = {key: value for key, value in built.items() if key not in ("_convert_", "_recursive_")}
-    target = check_target(path, allowed_prefixes)
-    if partial:
-        return functools.partial(target, *positional, **arguments)
-    try:
-        return target(*positional, **arguments)
-    except TypeError as error:
-        raise TypeError(f"{path}({', '.join(arguments)}): {error}") from error
-
-
-def _targets(node: Any) -> list[str]:
-    """Return every ``_target_`` inside ``node``."""
-    if isinstance(node, list):
-        return [path for item in node for path in _targets(item)]
-    if not isinstance(node, dict):
-        return []
-    own = [str(node["_target_"])] if "_target_" in node else []
-    return own + [path for value in node.values() for path in _targets(value)]
 
 
 def _part(stamp: Mapping[str, Any], key: str, path: str | Path) -> Any:

@@ -6,7 +6,7 @@ import datetime as dt
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from detseg.allow import ALLOWED_PREFIXES, check_target
+from detseg.allow import CONFIG_RULES, RefusedTarget, check_all, prepare, rules_for
 from detseg.suggest import explain
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "detseg.conf"
 """Where the YAML files lie: found in a wheel and in an editable install alike."""
-
-CONFIG_PREFIXES = (*ALLOWED_PREFIXES, "torch.optim.", "lightning.")
-"""What a ``_target_`` of a config may lie in, beside the packages named by the key ``allow``."""
 
 
 class ConfigError(ValueError):
@@ -164,29 +161,22 @@ def _is_choice(group: str, known: Iterable[str]) -> bool:
     return any(str(name).partition("@")[0] == group for name in known)
 
 
-def check_targets(node: Any, *, prefixes: Sequence[str] = CONFIG_PREFIXES, path: str = "") -> None:
+def check_targets(node: Any, *, allow: Sequence[str] = (), path: str = "") -> None:
     """Raise unless every ``_target_`` in ``node`` names something allowed; nothing is called.
 
     Args:
         node: a config or plain container.
-        prefixes: packages allowed, each ending in a dot.
+        allow: packages allowed beside detseg's own list, such as ``("mypackage",)``.
         path: key of ``node``, for messages.
 
     Raises:
         ConfigError: a target is not allowed or does not exist; the message names its key.
     """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if isinstance(plain, Mapping):
-        if "_target_" in plain:
-            try:
-                check_target(str(plain["_target_"]), prefixes)
-            except (ValueError, ImportError) as error:
-                raise ConfigError(f"{path or 'config'}: {error}") from error
-        children: list[tuple[Any, Any]] = list(plain.items())
-    else:
-        children = list(enumerate(plain)) if isinstance(plain, list) else []
-    for key, child in children:
-        check_targets(child, prefixes=prefixes, path=f"{path}.{key}" if path else str(key))
+    try:
+        check_all(plain, rules_for(allow, CONFIG_RULES), path)
+    except (RefusedTarget, ImportError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objects: Any) -> Any:
@@ -205,8 +195,6 @@ def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objec
     Raises:
         ConfigError: a target is not allowed, or an argument does not fit it.
     """
-    import hydra.utils
-
     if "_target_" not in node:
         raise ConfigError(
             f"{path} has no _target_: numbers are set for something that is not chosen (or is misspelt); choose its "
@@ -215,17 +203,14 @@ def instantiate(node: Any, *, allow: Sequence[str] = (), path: str = "", **objec
     missing = sorted(OmegaConf.missing_keys(node)) if OmegaConf.is_config(node) else []
     if missing:
         raise ConfigError(f"{', '.join(missing)} has no default: give {missing[0]}=...")
-    check_targets(node, prefixes=[*CONFIG_PREFIXES, *(f"{package.rstrip('.')}." for package in allow)], path=path)
+    # Resolved once: what is checked is what is built, whatever an interpolation might say a second time.
+    plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    check_targets(plain, allow=allow, path=path)
     try:
-        build_node: Callable[..., Any] = hydra.utils.instantiate(node, _convert_="all", _partial_=True)
-        return build_node if node.get("_partial_") else build_node(**objects)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if cause is None or isinstance(cause, TypeError):
-            raise ConfigError(f"{path}: {cause or error}") from error
-        raise cause from error
+        waiting = prepare(plain, rules_for(allow, CONFIG_RULES))
+        return waiting if plain.get("_partial_") else waiting(**objects)
     except TypeError as error:
-        raise ConfigError(f"{path} ({node['_target_']}): {error}") from error
+        raise ConfigError(f"{path} ({plain['_target_']}): {error}") from error
 
 
 def build(cfg: DictConfig) -> Run:
@@ -252,6 +237,7 @@ def build(cfg: DictConfig) -> Run:
 def build_task(cfg: DictConfig, *, class_names: Sequence[str]) -> Task:
     """Build the model and the task around it from a resolved config; ``class_names`` are the data's, by label."""
     from detseg.checkpoint import init_from
+    from detseg.engine.rates import scaled, scaling
 
     allow = list(cfg.allow)
     model = instantiate(cfg.model, allow=allow, path="model")
@@ -259,6 +245,7 @@ def build_task(cfg: DictConfig, *, class_names: Sequence[str]) -> Task:
         init_from(model, Path(cfg.init_from), drop_head=cfg.drop_head)
     scheduler = None if cfg.scheduler is None else instantiate(cfg.scheduler, allow=allow, path="scheduler")
     optimizer = instantiate(cfg.optimizer, allow=allow, path="optimizer")
+    optimizer = scaled(optimizer, scaling(cfg, optimizer))
     names = list(class_names)
     task: Task = instantiate(
         cfg.task, allow=allow, path="task", model=model, optimizer=optimizer, scheduler=scheduler, class_names=names
@@ -271,7 +258,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ProgressBar
 
-    from detseg.callbacks import CheckpointStamp
+    from detseg.callbacks import CheckpointStamp, DurableIO
 
     allow = list(cfg.allow)
     parts: dict[str, list[Any]] = {
@@ -289,7 +276,12 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         cfg.trainer.enable_progress_bar = any(isinstance(callback, ProgressBar) for callback in parts["callbacks"])
     try:
         trainer: L.Trainer = instantiate(
-            cfg.trainer, allow=allow, path="trainer", callbacks=parts["callbacks"], logger=parts["logger"] or False
+            cfg.trainer,
+            allow=allow,
+            path="trainer",
+            callbacks=parts["callbacks"],
+            logger=parts["logger"] or False,
+            plugins=[DurableIO()],
         )
     except MisconfigurationException as error:  # such as a GPU that is not there
         raise ConfigError(f"trainer: {error}") from error
