@@ -97,6 +97,9 @@ def begin(run: Run) -> None:
     if is_first_process():
         write_run_files(run.cfg, Path(run.cfg.paths.output_dir))
         log.info(describe(run))
+        said = rate_line(run.cfg)
+        if said:
+            log.info(said)
 
 
 def fit(run: Run) -> None:
@@ -148,6 +151,15 @@ def describe(run: Run) -> str:
 
 def best_checkpoint(run: Run) -> Path | None:
     """Return the checkpoint with the best figure so far, or ``None`` where none was kept."""
+def rate_line(cfg: DictConfig) -> str:
+    """Return one line about the learning rate, where another number of images than its own decides it; else nothing."""
+    from detseg.config import instantiate
+    from detseg.engine.rates import scaling
+
+    how = scaling(cfg, instantiate(cfg.optimizer, allow=list(cfg.allow), path="optimizer"))
+    return str(how) if how.images != how.base else ""
+
+
     path = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
     return Path(path) if path else None
 
