@@ -69,11 +69,14 @@ def train_here(cfg: DictConfig) -> Outcome:
     """
     import torch
 
+    from detseg.callbacks.loggers import closing
+
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     run = build(cfg)
-    begin(run)
-    fit(run)
-    return finish(run)
+    with closing(run.trainer.loggers):
+        begin(run)
+        fit(run)
+        return finish(run)
 
 
 def check_start(cfg: DictConfig) -> None:
@@ -105,9 +108,11 @@ def begin(run: Run) -> None:
 def fit(run: Run) -> None:
     """Train."""
     from detseg.checkpoint import read_checkpoint
+    from detseg.engine.explain import explained
 
     resume = run.cfg.resume
-    run.trainer.fit(run.task, datamodule=run.data, ckpt_path=resume, weights_only=True)
+    with explained(run):
+        run.trainer.fit(run.task, datamodule=run.data, ckpt_path=resume, weights_only=True)
     if resume is not None and read_checkpoint(resume).get("global_step") == run.trainer.global_step:
         log.warning("resume=%s had come to its end: nothing was trained; raise trainer.max_epochs", resume)
 
@@ -149,8 +154,6 @@ def describe(run: Run) -> str:
     )
 
 
-def best_checkpoint(run: Run) -> Path | None:
-    """Return the checkpoint with the best figure so far, or ``None`` where none was kept."""
 def rate_line(cfg: DictConfig) -> str:
     """Return one line about the learning rate, where another number of images than its own decides it; else nothing."""
     from detseg.config import instantiate
@@ -160,6 +163,8 @@ def rate_line(cfg: DictConfig) -> str:
     return str(how) if how.images != how.base else ""
 
 
+def best_checkpoint(run: Run) -> Path | None:
+    """Return the checkpoint with the best figure so far, or ``None`` where none was kept."""
     path = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
     return Path(path) if path else None
 
@@ -170,11 +175,14 @@ def measure(run: Run, checkpoint: Path) -> None:
     A trainer without callbacks does it: those that average or draw belong to training.
     """
     from detseg.checkpoint import init_from
+    from detseg.engine.explain import explained
 
     init_from(run.task.model, checkpoint)
     plain = OmegaConf.merge(run.cfg, {"callbacks": None, "logger": None})
     plain.trainer.enable_checkpointing, plain.trainer.enable_progress_bar = False, False
-    build_trainer(cast(DictConfig, plain)).validate(run.task, datamodule=run.data, verbose=False)
+    trainer = build_trainer(cast(DictConfig, plain))
+    with explained(run):
+        trainer.validate(run.task, datamodule=run.data, verbose=False)
 
 
 def write_run_files(cfg: DictConfig, directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 
@@ -33,13 +33,25 @@ class CheckpointStamp(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the stamp."""
-        data = getattr(trainer, "datamodule", None)
-        checkpoint[STAMP_KEY] = make_stamp(
-            _first("config", self, pl_module),
-            class_names=_first("class_names", data, pl_module),
-            category_ids=_first("category_ids", data, pl_module),
-            num_classes=_first("num_classes", getattr(pl_module, "model", None), data),
-        )
+        checkpoint[STAMP_KEY] = stamp_of(trainer, pl_module, _first("config", self, pl_module))
+
+
+def stamp_of(trainer: L.Trainer, pl_module: L.LightningModule, config: Mapping[str, Any] | None = None) -> Any:
+    """Return the stamp of a run, see ``detseg.stamp.make_stamp``.
+
+    Args:
+        trainer: of the run.
+        pl_module: its task.
+        config: default: that of the run's ``CheckpointStamp``, else the task's, else none.
+    """
+    data = getattr(trainer, "datamodule", None)
+    stamps = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, CheckpointStamp)]
+    return make_stamp(
+        _first("config", *stamps, pl_module) if config is None else config,
+        class_names=_first("class_names", data, pl_module),
+        category_ids=_first("category_ids", data, pl_module),
+        num_classes=_first("num_classes", getattr(pl_module, "model", None), data),
+    )
 
 
 def _first(name: str, *owners: object) -> Any:

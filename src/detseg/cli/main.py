@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a model, measure its best checkpoint, draw its predictions",
     "evaluate": "measure a checkpoint; write predictions.json and metrics.json",
     "predict": "find things in photos; write pictures and JSON",
+    "replay": "do a step again whose loss or gradient was not finite; name the first layer",
 }
 
 USAGE = """detseg: detection and segmentation experiments, every system a choice in a config

@@ -29,7 +29,12 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         verb: ``"train"``, ``"evaluate"`` or ``"predict"``.
         arguments: what followed it on the command line.
     """
-    verbs: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+    verbs: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "predict": _predict,
+        "replay": _replay,
+    }
     try:
         verbs[verb](arguments)
     except (HydraException, OmegaConfBaseException) as error:
@@ -96,6 +101,13 @@ def _predict(arguments: Sequence[str]) -> None:
     from detseg.prediction import predict
 
     _compose_and_run(arguments, "predict", lambda *texts: load_config(*texts, name="predict"), predict)
+
+
+def _replay(arguments: Sequence[str]) -> None:
+    from detseg.engine.replay import main
+
+    if not main(arguments):
+        raise SystemExit(1)
 
 
 def _compose_and_run(

@@ -78,6 +78,10 @@ class StoreDataset(SampleDataset):
             target.semantic = SemanticMap(torch.from_numpy(labels.astype(np.int64)))
         return Sample(torch.from_numpy(pixels).permute(2, 0, 1), target)  # cached pixels are shared: never write there
 
+    def file_of(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return str(self.root / self.store.files[int(self._rows[index])])
+
     def prepare(self) -> None:
         """Load every image and map, if ``cache_images``; forked workers share the arrays."""
         if self.cache_images and not self._kept:

@@ -46,6 +46,10 @@ class SampleDataset(Dataset[Sample], ABC):
     def __getitem__(self, index: int) -> Sample:
         """Return image ``index`` as it is in the files: own pixels, no augmentation, ``truth`` left ``None``."""
 
+    def file_of(self, index: int) -> str:
+        """Return where image ``index`` comes from, for messages; nothing where that is no file."""
+        return ""
+
     def prepare(self) -> None:
         """Do what pays before workers start, such as decoding images once; called in the main process."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from detseg.data.sample import Sample, SampleDataset
 from detseg.data.samplers import Key
+from detseg.data.watch import Watch
 from detseg.structures import Target
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -27,12 +29,22 @@ class TransformedSplit(Dataset[Sample]):
         with_truth: keep the untransformed target as ``Sample.truth``, for metrics.
         seed: with epoch and index, decides the augmentation, so that it depends neither on the number of workers nor
             on what other code draws.
+        name: of the split, for messages.
     """
 
     def __init__(
-        self, *, samples: SampleDataset, transform: Transform | None, with_truth: bool = False, seed: int = 0
+        self,
+        *,
+        samples: SampleDataset,
+        transform: Transform | None,
+        with_truth: bool = False,
+        seed: int = 0,
+        name: str = "",
     ) -> None:
         self.samples, self.transform, self.with_truth, self.seed = samples, transform, with_truth, seed
+        self.name = name
+        self.watch: Watch | None = None
+        """Where workers say what they read; the data module sets it."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -40,6 +52,10 @@ class TransformedSplit(Dataset[Sample]):
     def __getitem__(self, key: Key | int) -> Sample:
         """Return a sample; ``key`` is (epoch, index) from our samplers, or a plain index, which means epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        with nullcontext() if self.watch is None else self.watch.reading(epoch, index):
+            return self._sample(epoch, index)
+
+    def _sample(self, epoch: int, index: int) -> Sample:
         image, target, _ = self.samples[index]
         truth = target if self.with_truth else None
         if self.transform is None:
@@ -51,11 +67,18 @@ class TransformedSplit(Dataset[Sample]):
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Draw torch's random numbers on the CPU from ``numbers`` (each >= 0); afterwards the old state is back."""
-    state = torch.get_rng_state()
+    """Draw torch's random numbers on the CPU, numpy's and Python's from ``numbers`` (each >= 0).
+
+    Afterwards the old states are back.
+    """
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
     torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # recipes of a user's own may draw from these two
+    random.seed(seed)
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

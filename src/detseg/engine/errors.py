@@ -8,7 +8,7 @@ from urllib.error import URLError
 
 from detseg.config import ConfigError
 
-MENDABLE = (ConfigError, ValueError, FloatingPointError, ImportError, OSError)
+MENDABLE = (ConfigError, ValueError, FloatingPointError, ImportError, MemoryError, OSError)
 """Errors that a user can mend: one line instead of a traceback."""
 
 
