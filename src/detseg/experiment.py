@@ -15,6 +15,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError, Run, build, build_trainer
+from detseg.secrecy import keep_secrets, veil
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def train_here(cfg: DictConfig) -> Outcome:
 
     from detseg.callbacks.loggers import closing
 
+    keep_secrets()
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     run = build(cfg)
     with closing(run.trainer.loggers):
@@ -190,7 +192,8 @@ def write_run_files(cfg: DictConfig, directory: Path) -> None:
     from detseg.engine.plan import write_atomically
 
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))  # other ranks may read it now
+    told = OmegaConf.create(veil(OmegaConf.to_container(cfg, resolve=True)))
+    write_atomically(directory / "resolved.yaml", OmegaConf.to_yaml(told))  # other ranks may read it now
     write_json(directory / "environment.json", environment())
 
 
@@ -211,9 +214,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON; NaN, which JSON does not know, becomes ``null``. Returns the path."""
+    """Write JSON without secrets; NaN, which JSON does not know, becomes ``null``. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_without_nan(veil(content)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -43,14 +43,30 @@ def send(
         step: global step.
         min_score: detections below this score are left out.
     """
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(tag, sheet, step, dataformats="HWC")
-    elif isinstance(logger, MLFlowLogger):
-        logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="pictures")
-    elif isinstance(logger, WandbLogger):
+    if isinstance(logger, WandbLogger):
         logger.log_image(
             tag, [item.image for item in shown], step=step, **wandb_overlays(shown, class_names, min_score)
         )
+    else:
+        send_picture(logger, tag, sheet, path, step)
+
+
+def send_picture(logger: Logger, tag: str, picture: Picture, path: Path, step: int) -> None:
+    """Hand one picture to a logger that knows pictures.
+
+    Args:
+        logger: TensorBoard, Weights & Biases, MLflow or another one.
+        tag: name of the picture on the dashboard.
+        picture: itself.
+        path: file that it was written to.
+        step: global step.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="pictures")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(tag, [picture], step=step)
 
 
 def wandb_overlays(shown: Sequence[Shown], class_names: Sequence[str], min_score: float) -> dict[str, list[Any]]:

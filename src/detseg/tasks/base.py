@@ -274,7 +274,8 @@ class Task(L.LightningModule):
     # Resuming, see ``detseg.tasks.position``
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the place in the run, and the state of the random numbers of every process."""
+        """Keep the place in the run, and the state of the random numbers of every process; bring figures to disk."""
+        self.train_row.save(self.trainer)
         checkpoint[POSITION] = self.position.capture(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -282,12 +283,13 @@ class Task(L.LightningModule):
         self.position.load(self, checkpoint)
 
     def on_train_start(self) -> None:
-        """Let a resumed run go on with the random numbers of the one before.
+        """Let a resumed run go on with the figures and the random numbers of the one before.
 
         Raises:
             ValueError: the checkpoint is from within an epoch, and the batches are not the same ones.
         """
         self.position.restore(self)
+        self.train_row.start(self.trainer)
 
     # Optimisation
 

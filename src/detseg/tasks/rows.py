@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -97,9 +98,22 @@ class TrainRow:
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = cast(Any, torch.cuda.Event)()  # untyped in torch 2.14
             arrived.record()
         return Pending(self._step, epoch, self._names, values, self._rates, arrived)
+
+    def start(self, trainer: L.Trainer) -> None:
+        """Let loggers with files of an earlier start forget what lies past the step that training goes on from."""
+        for logger in trainer.loggers:
+            begin_at = getattr(logger, "begin_at", None)
+            if begin_at is not None:
+                begin_at(trainer.global_step)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Bring everything to disk, as before a checkpoint: whoever goes on from that will miss no row."""
+        self.flush(trainer)
+        for logger in trainer.loggers:
+            logger.save()
 
     def flush(self, trainer: L.Trainer) -> None:
         """Write the row that is on its way, if there is one."""
@@ -157,6 +171,6 @@ class MeanRow:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             shares = [{} for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(shares, mine)
-        names = dict.fromkeys(name for share in shares for name in share)
-        found = {name: [share[name] for share in shares if name in share] for name in names}
+        seen = dict.fromkeys(name for share in shares for name in share)
+        found = {name: [share[name] for share in shares if name in share] for name in seen}
         return {name: sum(v for v, _ in pairs) / sum(w for _, w in pairs) for name, pairs in found.items()}
