@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "train": "train a model, measure its best checkpoint, draw its predictions",
+    "tune": "search over hyperparameters; trials in processes of their own, a table at the end",
     "evaluate": "measure a checkpoint; write predictions.json and metrics.json",
     "predict": "find things in photos; write pictures and JSON",
     "replay": "do a step again whose loss or gradient was not finite; name the first layer",
@@ -22,6 +23,7 @@ examples:
   detseg train                                      a small FCOS on the embedded data set
   detseg train model=unet_small trainer.max_epochs=3
   detseg train -m model=fcos_small,retinanet_small seed=1,2
+  detseg tune 'optimizer.lr=tag(log,interval(1e-4,1e-2))' tune.trials=20
   detseg evaluate ckpt=runs/<name>/<id>/checkpoints/best.ckpt
   detseg predict ckpt=runs/<name>/<id>/checkpoints/best.ckpt source=photos/
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -17,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from detseg.config import CONFIG_MODULE, ConfigError, config_error, load_config, quoted, register_resolvers
 from detseg.engine.errors import MENDABLE, WorkerFailed, exit_code, quiet, said
+from detseg.engine.hydra_points import check_flags
+from detseg.secrecy import keep_secrets, veil_arguments
 
 DEBUG = "DETSEG_DEBUG"
 """Environment variable; set, an error shows where it arose."""
@@ -31,10 +34,13 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """
     verbs: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
+        "tune": _tune,
         "evaluate": _evaluate,
         "predict": _predict,
         "replay": _replay,
     }
+    keep_secrets()
+    arguments = veil_arguments(arguments)
     try:
         verbs[verb](arguments)
     except (HydraException, OmegaConfBaseException) as error:
@@ -47,21 +53,29 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> None:
+    from detseg.cli.sweeps import sweep_end
+
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
     register_resolvers()
+    check_flags(arguments)
     arguments = quoted(arguments)
     typed = sys.argv
 
     def run(cfg: DictConfig) -> float | None:
         """Train one trial; Hydra calls it."""
         sys.argv = [typed[0], "train", *arguments]  # what Lightning repeats where a run needs several processes
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweeps.add(Path(HydraConfig.get().sweep.dir))
         return train_one(cfg)
 
+    sweeps: set[Path] = set()  # the one that runs, if one does
     sys.argv = [typed[0], *arguments, *_trial_names(arguments)]  # hydra.main reads the command line itself
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(run)()
     finally:
         sys.argv = typed
+        for directory in sweeps:  # also where a trial failed: the error follows the table
+            sweep_end(directory)
 
 
 def _trial_names(arguments: Sequence[str]) -> list[str]:
@@ -77,18 +91,32 @@ def _trial_names(arguments: Sequence[str]) -> list[str]:
 def train_one(cfg: DictConfig) -> float | None:
     """Train once and print what came out; a sweeper gets the figure that the task optimises."""
     from detseg.cli.show import show
+    from detseg.engine.sweep import run_trial
     from detseg.experiment import is_first_process, train
 
     quiet()
+    hydra_cfg = HydraConfig.get()
     try:
-        outcome = train(cfg)
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            outcome = run_trial(cfg, train=train, overrides=hydra_cfg.overrides.task, sweep=Path(hydra_cfg.sweep.dir))
+        else:
+            outcome = train(cfg)
     except MENDABLE as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper goes on, and raises at the end
+        if hydra_cfg.mode == RunMode.MULTIRUN:  # the sweeper goes on, and raises at the end
             raise
         raise SystemExit(_fail(error)) from error  # Hydra would print lines of its own
     if is_first_process():
         show(outcome)
     return outcome.figures.get(outcome.monitor)
+
+
+def _tune(arguments: Sequence[str]) -> None:
+    from detseg.cli.sweeps import tune
+
+    if any(text in ("-h", "--help") for text in arguments):
+        print(_verb_help("tune"))
+        return
+    tune(arguments)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
