@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from detseg.callbacks.replay_file import Seen, gather_windows, write_replay
+from detseg.data.module import DetectionData
 from detseg.structures import Batch, Target
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ class Guard(L.Callback):
                 torch._foreach_copy_(self._kept[dtype], buffers)
         device = cast(L.LightningModule, self._task).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._window.append(Seen(batch, torch.get_rng_state(), cuda))
+        host = _host_copy(cast(L.Trainer, self._trainer))
+        self._window.append(Seen(batch if host is None else host, torch.get_rng_state(), cuda))
 
     def follow(self, loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the loss, exactly, with gradients that are NaN where the loss is not finite."""
@@ -207,6 +209,18 @@ def _persistent_buffers(model: torch.nn.Module) -> dict[torch.dtype, list[Tensor
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 groups.setdefault(buffer.dtype, {})[id(buffer)] = buffer  # one that is shared counts once
     return {dtype: list(buffers.values()) for dtype, buffers in groups.items()}
+
+
+def _host_copy(trainer: L.Trainer) -> Batch | None:
+    """Return the batch of this step as the loader gave it, a quarter of its size, unless a subclass changes it later.
+
+    Several of them wait for an accumulated step, where they would fill the device.
+    """
+    data = cast(Any, trainer).datamodule
+    if not isinstance(data, DetectionData):
+        return None
+    own = type(data).on_after_batch_transfer is DetectionData.on_after_batch_transfer
+    return data.last_batch if own else None
 
 
 def _drop_gradients(optimizer: Optimizer) -> None:

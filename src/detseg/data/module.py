@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Sampler
 
 from detseg.data.check import DataError, Report, both_lists, check_classes
-from detseg.data.loader import LateLoader
+from detseg.data.loader import LateLoader, calm_worker
 from detseg.data.parcel import ship
 from detseg.data.sample import Sample, SampleDataset, collate
 from detseg.data.samplers import EvalSampler, TrainSampler
 from detseg.data.split import TransformedSplit
+from detseg.data.watch import Watch
 from detseg.structures import Batch
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class DetectionData(L.LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.size_divisor, self.drop_last = num_workers, size_divisor, drop_last
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.last_batch: Batch | None = None
+        """The batch of the step that runs or ran last, as the loader gave it, in host memory."""
         self._read: dict[str, SampleDataset] = {}
 
     def read(self, split: str) -> SampleDataset:
@@ -137,7 +140,7 @@ class DetectionData(L.LightningDataModule):
         samples = self.dataset("train")
         rank, world_size = self._ranks()
         sampler = TrainSampler(length=len(samples), seed=self.seed, rank=rank, world_size=world_size)
-        split = TransformedSplit(samples=samples, transform=self.train_transform, seed=self.seed)
+        split = TransformedSplit(samples=samples, transform=self.train_transform, seed=self.seed, name="train")
         return self._loader(
             split, sampler, self.batch_size, drop_last=self.drop_last and len(sampler) > self.batch_size
         )
@@ -147,7 +150,7 @@ class DetectionData(L.LightningDataModule):
         samples = self.dataset(split)
         rank, world_size = self._ranks()
         sampler = EvalSampler(length=len(samples), rank=rank, world_size=world_size)
-        transformed = TransformedSplit(samples=samples, transform=self.eval_transform, with_truth=True)
+        transformed = TransformedSplit(samples=samples, transform=self.eval_transform, with_truth=True, name=split)
         return self._loader(transformed, sampler, self.eval_batch_size, drop_last=False)
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -161,6 +164,11 @@ class DetectionData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Return the test split, or where there is none the validation split, in order."""
         return self.eval_dataloader("test" if "test" in self.splits else "val")
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Keep hold of the batch until the next, for messages and replays."""
+        self.last_batch = batch
+        return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn uint8 images into float in [0, 1], on the device that they are on by now."""
@@ -205,6 +213,8 @@ class DetectionData(L.LightningDataModule):
         self, split: TransformedSplit, sampler: Sampler[Any], batch_size: int, *, drop_last: bool
     ) -> DataLoader[Sample]:
         split.samples.prepare()
+        if self.num_workers:
+            split.watch = Watch(workers=self.num_workers, split=split.name, file_of=split.samples.file_of)
         pack = partial(collate, size_divisor=self.size_divisor)
         return LateLoader(
             split,
@@ -213,6 +223,7 @@ class DetectionData(L.LightningDataModule):
             drop_last=drop_last,
             num_workers=self.num_workers,
             collate_fn=partial(ship, pack) if self.num_workers else pack,
+            worker_init_fn=calm_worker,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # of its own: drawing from the global one would tie

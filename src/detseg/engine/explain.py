@@ -57,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def describe(run: Run, error: BaseException) -> str:
     """Return the message: where, with which batch, what to lower, and what the allocator said."""
-    batch: Batch | None = run.task.last_batch
+    batch: Batch | None = getattr(run.data, "last_batch", None)
     place = "" if batch is None else f" with {_shapes(batch)}"
     return (
         f"out of memory on {run.task.device} in step {run.trainer.global_step}{place}. "

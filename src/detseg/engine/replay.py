@@ -251,11 +251,12 @@ def _bad_gradients(model: nn.Module, found: Found) -> bool:
 def _operation(model: nn.Module, window: Mapping[str, Any], setting: _Setting) -> str:
     """Return the operation in which autograd first meets NaN, such as ``SqrtBackward0``; slow, so done last."""
     model.zero_grad(set_to_none=True)
-    with warnings.catch_warnings(), torch.autograd.detect_anomaly(check_nan=True):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mode warns that it is slow, and prints the forward call's stack
         try:
-            for entry in window["batches"]:
-                _step(model, entry, setting)
+            with torch.autograd.detect_anomaly(check_nan=True):
+                for entry in window["batches"]:
+                    _step(model, entry, setting)
         except RuntimeError as error:
             match = re.search(r"Function '(\w+)'", str(error))
             return match[1] if match else ""

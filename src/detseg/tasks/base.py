@@ -93,8 +93,6 @@ class Task(L.LightningModule):
         """What watches the steps from within while training, such as ``detseg.callbacks.Guard``."""
         self.gradient_norm: Tensor | None = None
         """Of the last step's gradients before they were clipped, on their device; ``None`` without a guard."""
-        self.last_batch: Batch | None = None
-        """The batch of the step that runs or ran last, in host memory, for messages."""
         self.results: dict[str, dict[str, float]] = {}
         """Stage ("val", "test") -> every figure and count of its last epoch by name without stage; NaN is n/a."""
         self.tables: dict[str, dict[str, Mapping[str, Tensor]]] = {}
@@ -153,13 +151,6 @@ class Task(L.LightningModule):
                     f"{layer.in_channels} channels, whose training crashes on a CPU in this layout; set it to false"
                 )
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Keep hold of the batch until the next, for messages and for the guard."""
-        self.last_batch = batch
-        if self.guard is not None and self.trainer.training:
-            self.guard.take(batch)
-        return batch
-
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the sum of the model's loss terms.
 
@@ -167,6 +158,8 @@ class Task(L.LightningModule):
             FloatingPointError: the loss is NaN or infinite; looked at on a CPU in every step, else when logging. A
                 guard does so instead where there is one, before the optimiser's step.
         """
+        if self.guard is not None:
+            self.guard.take(batch)
         outputs = self.model(self._images(batch), batch.sizes, batch.targets)
         terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()

@@ -15,7 +15,7 @@ class StepGuard(Protocol):
     """Watches every step of a task from within; see ``detseg.callbacks.Guard``."""
 
     def take(self, batch: Batch) -> None:
-        """See a training batch in host memory, before any random number is drawn for its step."""
+        """See a training batch, on the device, before any random number is drawn for its step."""
 
     def follow(self, loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         """See a loss and its terms; return the loss that goes backward."""
