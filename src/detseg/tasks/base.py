@@ -17,8 +17,8 @@ from torchmetrics import Metric
 
 from detseg.structures import Batch, Detections, SemanticMap, Target
 from detseg.tasks.groups import parameter_groups, peak_rate
-from detseg.tasks.position import POSITION, Position
 from detseg.tasks.guarding import StepGuard, clip_gradients
+from detseg.tasks.position import POSITION, Position
 from detseg.tasks.rows import MeanRow, TrainRow
 
 Prediction = Detections | SemanticMap
