@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the launcher says it in one line
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        run.run(run.get_args_parser().parse_args(given))
+        run.run(run.get_args_parser().parse_args(given))  # type: ignore[no-untyped-call]  # so in torch 2.14
     except ChildFailedError as error:
         failures = [
             {"rank": rank, "code": failure.exitcode, "pid": failure.pid, "time": failure.timestamp}

@@ -7,6 +7,7 @@ import warnings
 from urllib.error import URLError
 
 from detseg.config import ConfigError
+from detseg.secrecy import redact
 
 MENDABLE = (ConfigError, ValueError, FloatingPointError, ImportError, MemoryError, OSError)
 """Errors that a user can mend: one line instead of a traceback."""
@@ -18,16 +19,17 @@ class WorkerFailed(ChildProcessError):
     Attributes:
         code: exit code of that process, which the command passes on.
         kind: name of the error's class there, such as ``"ConfigError"``; empty where a signal ended it.
+        follows: whether it only lost its connection to a process that had failed before.
     """
 
-    def __init__(self, message: str, *, code: int = 1, kind: str = "") -> None:
+    def __init__(self, message: str, *, code: int = 1, kind: str = "", follows: bool = False) -> None:
         super().__init__(message)
-        self.code, self.kind = code, kind
+        self.code, self.kind, self.follows = code, kind, follows
 
 
 def said(error: BaseException) -> str:
-    """Return an error's message; of one from a data worker, to which torch adds a traceback, its own part."""
-    text = str(error)
+    """Return an error's message without secrets; of one from a data worker, which has a traceback, its own part."""
+    text = redact(str(error))
     if isinstance(error, URLError):
         return f"cannot download ({text}); for published weights give a file instead, or null"
     if not (text.startswith("Caught ") and "Original Traceback" in text):
@@ -53,3 +55,5 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 asks torch 2.14 in the old way; nothing that a user could mend.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    # The task's figures are of all ranks before they are logged.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -42,23 +42,32 @@ def launch(cfg: DictConfig) -> Outcome:
         cfg: as composed; written to ``resolved.yaml`` in the run directory, which the workers read.
 
     Raises:
+        ConfigError: several machines, but no place to meet.
+        TimeoutError: they do not meet there.
         WorkerFailed: one of them failed; the message names its rank and says its error.
         SystemExit: they were asked to end by a signal, and did.
     """
+    from detseg.engine.together import launch_together
+
     wanted = plan(cfg)
+    if wanted.nodes > 1:
+        return launch_together(cfg, wanted)
     config = Path(cfg.paths.output_dir) / "resolved.yaml"
     write_config(cfg, config, wanted)
+    # Addresses, as names of machines do not resolve everywhere; port 0: the agent takes a free one.
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--rdzv-id=detseg"]
     with tempfile.TemporaryDirectory(prefix="detseg-") as name:
         place = Path(name)
-        code = attend(agent_command(wanted, config), environment(wanted, place), place, workers=wanted.local)
-        return conclude(place, code)
+        code = attend(agent_command(wanted, config, meeting), environment(wanted, place), place, workers=wanted.local)
+        problem = trouble(place, code)
+        if problem is not None:
+            raise problem
+        return outcome_of(desk.take("outcome.json", place))
 
 
-def agent_command(wanted: Plan, config: Path) -> list[str]:
-    """Return the command that starts the workers of this machine."""
-    # An address, as names of machines do not resolve everywhere; port 0: the agent takes a free one.
-    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--rdzv-id=detseg"]
-    ranks = ["--nnodes=1", f"--nproc-per-node={wanted.local}"]
+def agent_command(wanted: Plan, config: Path, meeting: Sequence[str]) -> list[str]:
+    """Return the command that starts the workers of this machine; ``meeting``: ``torchrun``'s arguments for that."""
+    ranks = [f"--nnodes={wanted.nodes}", f"--nproc-per-node={wanted.local}"]
     worker = ["-m", "detseg.engine.worker", "--config", str(config.absolute())]
     return [sys.executable, "-m", "detseg.engine.agent", *ranks, *meeting, *worker]
 
@@ -88,7 +97,14 @@ def _log_file() -> str:
     return files[0].baseFilename if files else ""
 
 
-def attend(command: list[str], env: Mapping[str, str], place: Path, *, workers: int) -> int:
+def attend(
+    command: list[str],
+    env: Mapping[str, str],
+    place: Path,
+    *,
+    workers: int,
+    started: Callable[[subprocess.Popen[bytes]], None] | None = None,
+) -> int:
     """Run the agent to its end, passing on signals; return its exit code.
 
     Args:
@@ -96,9 +112,12 @@ def attend(command: list[str], env: Mapping[str, str], place: Path, *, workers: 
         env: its environment.
         place: the desk.
         workers: how many of them will say that they are there.
+        started: is given the agent once it runs.
     """
     # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
     agent = subprocess.Popen(command, env=dict(env), start_new_session=True)
+    if started is not None:
+        started(agent)
     try:
         with forwarding(agent, place, workers) as sent:
             code = agent.wait()
@@ -158,19 +177,26 @@ def end(agent: subprocess.Popen[bytes]) -> None:
     agent.wait()
 
 
-def conclude(place: Path, code: int) -> Outcome:
-    """Return what the first worker left, or raise what went wrong; see ``launch``."""
+def trouble(place: Path, code: int) -> WorkerFailed | SystemExit | None:
+    """Return what went wrong with this machine's workers, if anything did; see ``launch``.
+
+    Args:
+        place: the desk.
+        code: of the agent.
+    """
     notes: list[dict[str, Any]] = desk.take_all("rank_*.json", place)
-    left = desk.take("outcome.json", place)
     for note in notes:
-        if note["code"] in ASKED or (note["ended"] and note["code"] == 0 and left is None):  # 0: Slurm starts it anew
-            raise SystemExit(note["code"])
-    if code == 0 and left is not None:
-        paths = {key: left[key] for key in PATHS}
-        checkpoint = None if paths["checkpoint"] is None else Path(paths["checkpoint"])
-        files = [Path(path) for path in paths["files"]]
-        return Outcome(**left | {"directory": Path(paths["directory"]), "checkpoint": checkpoint, "files": files})
-    raise failure(notes, desk.take("agent.json", place) or {}, code)
+        if note["code"] in ASKED or (note["ended"] and note["code"] == 0):  # 0: Slurm starts it anew
+            return SystemExit(note["code"])
+    return None if code == 0 and notes else failure(notes, desk.take("agent.json", place) or {}, code)
+
+
+def outcome_of(left: Mapping[str, Any]) -> Outcome:
+    """Return the outcome that the first worker put down."""
+    paths = {key: left[key] for key in PATHS}
+    checkpoint = None if paths["checkpoint"] is None else Path(paths["checkpoint"])
+    files = [Path(path) for path in paths["files"]]
+    return Outcome(**dict(left) | {"directory": Path(paths["directory"]), "checkpoint": checkpoint, "files": files})
 
 
 def failure(notes: list[dict[str, Any]], report: Mapping[str, Any], code: int) -> WorkerFailed:
@@ -194,7 +220,8 @@ def failure(notes: list[dict[str, Any]], report: Mapping[str, Any], code: int) -
     failed = sorted((note for note in notes if note["code"]), key=lambda note: (_lost_peer(note), note["time"]))
     if failed:
         first = failed[0]
-        return WorkerFailed(f"rank {first['rank']}: {first['message']}", code=first["code"], kind=first["kind"])
+        said = f"rank {first['rank']}: {first['message']}"
+        return WorkerFailed(said, code=first["code"], kind=first["kind"], follows=_lost_peer(first))
     for item in report.get("failures", []):
         return WorkerFailed(f"rank {item['rank']} (process {item['pid']}) ended with {item['code']}", code=item["code"])
     return WorkerFailed(f"the workers did not start: {report.get('error', f'the agent ended with {code}')}", code=1)
