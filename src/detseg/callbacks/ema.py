@@ -42,6 +42,8 @@ class EMA(WeightAveraging):
         if warmup < 1:
             raise ValueError(f"EMA: warmup must be at least 1, got {warmup}; 1 switches it off")
         self.decay, self.warmup = decay, warmup
+        self._swapped = False
+        """Whether the model holds the average and the average model the training weights, as in validation."""
         super().__init__(use_buffers=True, multi_avg_fn=self._average)
 
     @torch.no_grad()
@@ -60,11 +62,13 @@ class EMA(WeightAveraging):
         """
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_start(trainer, pl_module)
+            self._swapped = True
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the training weights back, inside ``fit`` alone."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_end(trainer, pl_module)
+            self._swapped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore average and training weights, inside ``fit`` alone.
@@ -76,6 +80,13 @@ class EMA(WeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average first, inside ``fit`` alone; a checkpoint saved later holds what the model has by then."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        """Put the average first, inside ``fit`` alone; a checkpoint saved later holds what the model has by then.
+
+        In validation the two have changed places, which Lightning would save the wrong way round.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._swapped:
+            average = checkpoint["current_model_state"]
+            checkpoint["current_model_state"], checkpoint["state_dict"] = checkpoint["state_dict"], average

@@ -39,11 +39,14 @@ class TrainSampler(DistributedSampler[int]):
     def __init__(self, *, length: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(_Sized(length), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.length = length
+        self.skip = 0
+        """Images of this process that the next pass leaves out at its start, once: a resumed run has had them."""
 
     def __iter__(self) -> Iterator[Key]:  # type: ignore[override]  # keys, not bare indices
+        skip, self.skip = self.skip, 0
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         padded = np.resize(order, self.total_size)  # repeats from the start
-        return iter([(self.epoch, int(index)) for index in padded[self.rank :: self.num_replicas]])
+        return iter([(self.epoch, int(index)) for index in padded[self.rank :: self.num_replicas][skip:]])
 
 
 class EvalSampler(DistributedSampler[int]):
