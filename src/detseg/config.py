@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +21,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from detseg.allow import CONFIG_RULES, RefusedTarget, check_all, prepare, rules_for
+from detseg.secrecy import remember
 from detseg.suggest import explain
 
 if TYPE_CHECKING:
@@ -289,10 +292,25 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf ``detseg.run_id``, ``detseg.slug`` and ``detseg.choice``; calling it again changes nothing."""
+    """Teach OmegaConf ``detseg.run_id``, ``detseg.slug``, ``detseg.choice``; have secrets and Hydra's part watched.
+
+    Calling it again changes nothing.
+    """
+    from detseg.engine.hydra_points import guard_hydra
+
+    guard_hydra()
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
     OmegaConf.register_new_resolver("detseg.run_id", run_id, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("detseg.slug", slug, replace=True)
     OmegaConf.register_new_resolver("detseg.choice", _choice, replace=True)
+
+
+def _environment(key: str, *default: str | None) -> Any:
+    """Return what OmegaConf's own ``oc.env`` does; a secret's value is known from then on."""
+    value = oc.env(key, *default)
+    if key in os.environ:
+        remember(key, str(value))
+    return value
 
 
 def run_id() -> str:

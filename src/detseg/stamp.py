@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from detseg.secrecy import veil
+
 STAMP_KEY = "detseg"
 """The stamp's key in a Lightning checkpoint."""
 
@@ -41,7 +43,7 @@ def make_stamp(
     Raises:
         TypeError: a value is neither plain nor a tensor; the message says where it is.
     """
-    whole = None if config is None else plain(config, "config")
+    whole = None if config is None else veil(plain(config, "config"))
     model = None if whole is None else dict(whole.get("model") or {})
     if model is not None and num_classes is not None:
         model["num_classes"] = int(num_classes)

@@ -28,7 +28,7 @@ ROOMS = [
 # Modules beside the rooms, and which rooms and modules each may know; "*" is everything.
 BESIDE = {
     "allow": (),
-    "stamp": (),
+    "stamp": ("secrecy",),
     "suggest": (),
     "atomic": (),
     "durable": ("atomic",),

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 
+from detseg.secrecy import veil
 from detseg.stamp import STAMP_KEY, make_stamp, plain
 
 
@@ -29,7 +30,7 @@ class CheckpointStamp(L.Callback):
         """Tell the loggers the config."""
         config = _first("config", self, pl_module)
         for logger in trainer.loggers if config is not None else []:
-            logger.log_hyperparams(plain(config, "config"))
+            logger.log_hyperparams(veil(plain(config, "config")))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the stamp."""

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from detseg.secrecy import veil
+
 LATE = ("data.num_classes", "oc.env:")
 """What an interpolation refers to that is left to the workers: known only when the data are read, or not to be put
 into a file."""
@@ -82,7 +84,7 @@ def write_config(cfg: DictConfig, path: Path, wanted: Plan) -> None:
         path: written through a file of its own beside it, as a worker may read at any time.
         wanted: the processes, whose numbers are written in place of ``auto`` and ``-1``.
     """
-    settled = cast(DictConfig, OmegaConf.create(settle(cfg)))
+    settled = cast(DictConfig, OmegaConf.create(veil(settle(cfg))))
     if not isinstance(settled.trainer.devices, ListConfig):
         settled.trainer.devices = wanted.local
     settled.trainer.num_nodes = wanted.nodes

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detseg.engine import desk
 from detseg.engine.errors import MENDABLE, exit_code, quiet, said
+from detseg.secrecy import redact
 
 ASKED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a run that was asked to end and did so in order."""
@@ -72,7 +73,7 @@ def run(config: Path, rank: int) -> dict[str, Any]:
         return {"code": 128 + signal.SIGINT, "kind": "", "message": "interrupted", "ended": True}
     except Exception as error:
         if not isinstance(error, MENDABLE) or os.environ.get("DETSEG_DEBUG"):
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
         return {"code": exit_code(error), "kind": type(error).__name__, "message": said(error), "ended": False}
     if rank == 0:
         desk.put("outcome.json", asdict(outcome) | {key: _text(getattr(outcome, key)) for key in PATHS})
