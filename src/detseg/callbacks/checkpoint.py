@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -100,7 +101,9 @@ class Checkpoint(ModelCheckpoint):
                 f"detseg.callbacks.Checkpoint writes through DurableIO, the trainer has {type(plugin).__name__}; "
                 "give Trainer(plugins=[detseg.callbacks.DurableIO()])"
             )
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # a run that goes on in its own directory finds its files there
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
         self.last_model_path = self._path(LAST) if self.save_last else ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -170,6 +173,8 @@ class Checkpoint(ModelCheckpoint):
         places = [Path(str(self.dirpath)), Path(state_dict["dirpath"]), Path(str(trainer.ckpt_path)).parent]
         names = _on_first(trainer, lambda: [name for name in state_dict["best"] if self._bring(name, places)])
         self._rank({self._path(name.removesuffix(self.FILE_EXTENSION)): state_dict["best"][name] for name in names})
+        if names:
+            _on_first(trainer, lambda: self._tidy([], None))
         score = state_dict["current_score"]
         self.current_score = None if score is None else torch.tensor(score)
 

@@ -124,7 +124,7 @@ def non_finite(content: Any) -> dict[str, tuple[int, int, int]]:
         groups.setdefault((value.device, value.dtype), []).append(key)
     found = {}
     for keys in groups.values():
-        largest = torch.stack([value.float() for value in _largest([tensors[key] for key in keys])])
+        largest = torch.stack(_largest([tensors[key] for key in keys]))
         for key, fine in zip(keys, largest.isfinite().tolist(), strict=True):
             if not fine:
                 value = tensors[key].detach()
