@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ HINTS = {
     signal.SIGSEGV: "the library that decodes or transforms the image crashed: look at the file, or leave it out",
     signal.SIGABRT: "the library that decodes or transforms the image gave up: look at the file, or leave it out",
 }
+
+PATIENCE = 1.0
+"""Seconds that a worker's end is waited for after its connection broke."""
 
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How torch says so, from the loader or, as soon as the signal arrives, from wherever the main process is."""
@@ -68,6 +72,16 @@ class Watch:
         yield
         self._rows[worker.id, BUSY] = 0
 
+    def find_dead(self) -> DataError | None:
+        """Return the error about a worker that has ended by itself, or is about to, or ``None`` where all are well."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            for process in self.processes:
+                if process.exitcode:
+                    return DataError(self.describe(process.pid, ""))
+            time.sleep(0.02)
+        return None
+
     def describe(self, pid: int, said: str) -> str | None:
         """Return what is known of a dead worker, or ``None`` where it is none of these.
 
@@ -106,11 +120,29 @@ def named_deaths(dataset: Any, batches: Any) -> Iterator[None]:
         watch.processes = getattr(batches, "_workers", ())
     try:
         yield
-    except RuntimeError as error:
-        named = died(error)
+    except (RuntimeError, OSError, EOFError) as error:
+        named = _named(error, watch)
         if named is None:
             raise
         raise named from error
+
+
+def _named(error: Exception, watch: Watch | None) -> DataError | None:
+    """Return the error that names what a dead worker was reading.
+
+    Torch says that one died from a signal handler, which may break in here too, until the process is waited for. Before
+    the signal comes, its end may show as a broken connection alone, over which its last batch was to come.
+    """
+    for _ in range(3):
+        try:
+            named = died(error)
+            if named is None and watch is not None and "in DataLoader worker process" not in str(error):
+                named = watch.find_dead()
+        except RuntimeError as again:
+            error = again
+        else:
+            return named
+    return died(error)
 
 
 def died(error: BaseException) -> DataError | None:
