@@ -178,8 +178,12 @@ def measure(run: Run, checkpoint: Path) -> None:
     """
     from detseg.checkpoint import init_from
     from detseg.engine.explain import explained
+    from detseg.engine.sharding import is_sharded, load_whole
 
-    init_from(run.task.model, checkpoint)
+    if run.trainer.world_size > 1 and is_sharded(run.task.model):
+        load_whole(run.task.model, model_state(read_checkpoint(checkpoint)))
+    else:
+        init_from(run.task.model, checkpoint)
     plain = OmegaConf.merge(run.cfg, {"callbacks": None, "logger": None})
     plain.trainer.enable_checkpointing, plain.trainer.enable_progress_bar = False, False
     trainer = build_trainer(cast(DictConfig, plain))
