@@ -63,7 +63,8 @@ def redact(text: str) -> str:
 
 def _forms(value: str) -> list[str]:
     """Return how a value may be written, the longest first."""
-    quoted = [json.dumps(value)[1:-1], repr(value)[1:-1], urllib.parse.quote(value, safe=""), urllib.parse.quote(value)]
+    quoted = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
+    quoted += [repr(value)[1:-1], urllib.parse.quote(value, safe=""), urllib.parse.quote(value)]
     lines = [line for line in value.splitlines() if len(line) >= LONG_LINE]
     return sorted({value, *quoted, *lines}, key=len, reverse=True)
 
