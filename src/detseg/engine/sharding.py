@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from detseg.durable import check_seal
@@ -60,7 +59,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 )
         self.accelerator.setup(trainer)
         self.model_to_device()
-        shard(self.lightning_module.model, self.device_mesh["data_parallel"])
+        shard(cast(nn.Module, self.lightning_module.model), self.device_mesh["data_parallel"])
         self.model = self.precision_plugin.convert_module(self.model)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -71,18 +70,6 @@ class ShardedStrategy(ModelParallelStrategy):
         """Read a checkpoint after comparing it with its seal."""
         check_seal(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only=True)
-
-    def on_validation_start(self) -> None:
-        """Measure with the same batch norms everywhere."""
-        self._share_buffers()
-
-    def on_test_start(self) -> None:
-        """Measure with the same batch norms everywhere."""
-        self._share_buffers()
-
-    def _share_buffers(self) -> None:
-        assert self.lightning_module is not None
-        share_buffers(self.lightning_module.model)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -121,10 +108,3 @@ def load_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
-
-
-@torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Take the first process's buffers everywhere, as DDP does: each has its own means in its batch norms."""
-    for buffer in model.buffers():
-        distributed.broadcast(buffer, src=0)
