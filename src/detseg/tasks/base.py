@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from detseg.structures import Batch, Detections, SemanticMap, Target
+from detseg.tasks.buffers import share_buffers
 from detseg.tasks.groups import parameter_groups, peak_rate
 from detseg.tasks.guarding import StepGuard, clip_gradients
 from detseg.tasks.position import POSITION, Position
@@ -194,6 +195,10 @@ class Task(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Leave no row behind."""
         self.train_row.flush(self.trainer)
+
+    def on_validation_epoch_start(self) -> None:
+        """Measure one model, not one per process; an average of weights is in place by now."""
+        share_buffers(self.model)
 
     def on_validation_epoch_end(self) -> None:
         """Compute the validation split's figures."""
