@@ -71,14 +71,16 @@ def train_here(cfg: DictConfig) -> Outcome:
     import torch
 
     from detseg.callbacks.loggers import closing
+    from detseg.callbacks.signals import listening
 
     keep_secrets()
     torch.set_float32_matmul_precision(cfg.matmul_precision)
-    run = build(cfg)
-    with closing(run.trainer.loggers):
-        begin(run)
-        fit(run)
-        return finish(run)
+    with listening():
+        run = build(cfg)
+        with closing(run.trainer.loggers):
+            begin(run)
+            fit(run)
+            return finish(run)
 
 
 def check_start(cfg: DictConfig) -> None:
@@ -121,9 +123,11 @@ def fit(run: Run) -> None:
 
 def finish(run: Run) -> Outcome:
     """Measure the best checkpoint, write the figures and say what there is."""
+    from detseg.callbacks.pruning import was_pruned
+
     directory = Path(run.cfg.paths.output_dir)
     best = best_checkpoint(run)
-    if run.cfg.evaluate_after and best is not None:
+    if run.cfg.evaluate_after and best is not None and not was_pruned(run.trainer):
         measure(run, best)
     figures = run.task.results.get("val", {})
     if is_first_process():
@@ -176,7 +180,7 @@ def measure(run: Run, checkpoint: Path) -> None:
 
     A trainer without callbacks does it: those that average or draw belong to training.
     """
-    from detseg.checkpoint import init_from
+    from detseg.checkpoint import init_from, model_state, read_checkpoint
     from detseg.engine.explain import explained
     from detseg.engine.sharding import is_sharded, load_whole
 

@@ -10,6 +10,7 @@ from detseg.callbacks.guard import Guard
 from detseg.callbacks.images import ImageLogger
 from detseg.callbacks.loggers import CsvLog, EventLog
 from detseg.callbacks.progress import LineProgress, progress_bar
+from detseg.callbacks.shutdown import Shutdown
 from detseg.callbacks.speed import SpeedMonitor
 from detseg.callbacks.stamp import CheckpointStamp
 from detseg.callbacks.trackers import MlflowLog, wandb_logger
@@ -28,6 +29,7 @@ __all__ = [
     "ImageLogger",
     "LineProgress",
     "MlflowLog",
+    "Shutdown",
     "SpeedMonitor",
     "progress_bar",
     "wandb_logger",

@@ -70,6 +70,19 @@ class EMA(WeightAveraging):
             super().on_validation_epoch_end(trainer, pl_module)
             self._swapped = False
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Start the average from the model as it is."""
+        self._swapped = False
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the model with the average; the training weights stay beside it, for a checkpoint saved now.
+
+        Lightning overwrites them, so that a run that ended within an epoch could not be resumed.
+        """
+        self._swap_models(pl_module)
+        self._swapped = True
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore average and training weights, inside ``fit`` alone.
 

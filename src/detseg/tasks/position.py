@@ -45,13 +45,11 @@ class Position:
             ``stepped`` (Lightning's count of batches that ended a step), ``random`` and ``gradients`` (per process),
             ``figures`` and ``results``.
         """
-        trainer, loop = cast(L.Trainer, task.trainer), cast(L.Trainer, task.trainer).fit_loop
-        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-        epoch = epochs.processed
-        batch = batches.processed if epochs.started > epoch else 0
+        trainer, loop = task.trainer, task.trainer.fit_loop
+        epoch, batch = place(trainer)
         due = validation_due(trainer, epoch=epoch, batch=batch)
-        accumulating = _accumulating(trainer, batch)
-        counted = batch == 0 or batches.ready > batches.processed  # Lightning counts after the validation
+        waiting = accumulating(trainer, batch)
+        counted = batch == 0 or loop.epoch_loop.batch_progress.current.ready > batch  # Lightning counts after the validation
         return {
             "epoch": epoch,
             "batch": batch,
@@ -59,10 +57,10 @@ class Position:
             "images": _images_per_batch(trainer),
             "due": due,
             "pending": batch > 0 and due and self._validated != (epoch, batch),
-            "stepped": loop.epoch_loop._batches_that_stepped + int(not counted and not accumulating),
-            "accumulating": accumulating,
+            "stepped": loop.epoch_loop._batches_that_stepped + int(not counted and not waiting),
+            "accumulating": waiting,
             "random": gather(random_state(task.device)),
-            "gradients": gather(gradients(task)) if accumulating else [],
+            "gradients": gather(gradients(task)) if waiting else [],
             "figures": {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()},
             "results": {stage: dict(figures) for stage, figures in task.results.items()},
         }
@@ -70,7 +68,7 @@ class Position:
     def load(self, task: Task, checkpoint: Mapping[str, Any]) -> None:
         """Take up the place of a checkpoint: set the counters that Lightning will read from it."""
         position = checkpoint.get(POSITION)
-        trainer = cast(L.Trainer, task.trainer)
+        trainer = task.trainer
         if position is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._loaded = dict(position)
@@ -95,7 +93,7 @@ class Position:
         position, self._loaded = self._loaded, None
         if position is None:
             return
-        trainer = cast(L.Trainer, task.trainer)
+        trainer = task.trainer
         _check_batches(trainer, position)
         if position["batch"] > 0:
             cast(Any, trainer.train_dataloader).load_state_dict({name: position[name] for name in ("epoch", "batch")})
@@ -110,9 +108,16 @@ class Position:
         loop = trainer.fit_loop
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        self._validated = (loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed)
+        self._validated = place(trainer)
         if self._max_steps is not None:
             loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+
+
+def place(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the number of finished epochs, and of batches trained since."""
+    epochs = cast(Any, trainer.fit_loop.epoch_progress.current)  # Lightning's types know less than these counters
+    batches = cast(Any, trainer.fit_loop.epoch_loop.batch_progress.current)
+    return epochs.processed, batches.processed if epochs.started > epochs.processed else 0
 
 
 def rewrite(loops: dict[str, Any], position: Mapping[str, Any], *, by_steps: bool) -> None:
@@ -160,7 +165,7 @@ def validation_due(trainer: L.Trainer, *, epoch: int, batch: int) -> bool:
     loop = trainer.fit_loop
     if after == float("inf"):
         return batch > 0 and batch == loop.max_batches
-    number = loop.epoch_loop.batch_progress.total.processed if every is None else batch
+    number = cast(Any, loop.epoch_loop.batch_progress.total).processed if every is None else batch
     return bool(number % after == 0)
 
 
@@ -207,7 +212,7 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-def _accumulating(trainer: L.Trainer, batch: int) -> bool:
+def accumulating(trainer: L.Trainer, batch: int) -> bool:
     """Say whether the optimiser waits for more batches after this one."""
     return batch % trainer.accumulate_grad_batches != 0 and batch != trainer.fit_loop.max_batches
 
