@@ -13,7 +13,8 @@ def keys(*overrides: str) -> dict:
 
 def test_what_every_run_has():
     found = keys()
-    assert {"checkpoint", "stamp", "learning_rate", "speed", "progress", "images"} == set(found)
+    expected = {"checkpoint", "guard", "stamp", "shutdown", "speed", "progress", "images", "curves"}
+    assert expected == set(found)
     assert found["checkpoint"].monitor == "val/miou" and found["checkpoint"].mode == "max"
 
 

@@ -9,11 +9,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from detseg.data.check import DataError
@@ -50,7 +51,8 @@ class Watch:
 
     def __init__(self, *, workers: int, split: str, file_of: Callable[[int], str]) -> None:
         self.split, self.file_of = split, file_of
-        self.table = torch.full((workers, 4), -1, dtype=torch.int64).share_memory_()  # (workers, 4)
+        table = torch.full((workers, 4), -1, dtype=torch.int64)  # (workers, 4)
+        self.table: Tensor = cast(Any, table).share_memory_()  # torch gives it no types
         self.processes: Iterable[Any] = ()
         self._rows: NDArray[np.int64] | None = None
         _watches.add(self)
