@@ -75,6 +75,11 @@ class Pruning(L.Callback):
         return self._opened
 
 
+def was_pruned(trainer: L.Trainer) -> bool:
+    """Say whether a run was stopped because it was behind others."""
+    return any(isinstance(callback, Pruning) and callback.pruned for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def open_storage(url: str) -> Any:
     """Open Optuna's storage, creating its tables where there are none; writers wait for each other.
 

@@ -1,8 +1,8 @@
 """Pictures of a sweep: which values go with which figure, and how much of it each key explains.
 
-The share of a key is omega squared of a one-way analysis of variance (Hays, "Statistics", 1963): the variance between
-the groups of its values, less what chance alone would give, over all of it. A key with many numbers is cut into four
-groups of equal size. Keys that act only together have small shares each.
+The share of a key is the adjusted R squared (Ezekiel, "Methods of Correlation Analysis", 1930) of least squares on that
+key alone: the mean of each of its values, or a parabola over numbers, of which there are many. Keys that act only
+together have small shares each; what chance alone would explain is taken off.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from detseg.engine.space import Space
     from detseg.engine.sweep import Row
 
-GROUPS = 4
-"""Into which the numbers of one key are cut."""
+FEW = 4
+"""Up to so many distinct numbers have a mean each; more are fitted by a parabola."""
 
 NOMINAL_LIMIT = 12
 """Values of a key without an order that are named on its axis."""
@@ -46,43 +46,44 @@ def draw_sweep(
     if len(done) < 2 or not keys:
         return []
     paths = [_parallel(directory / "parallel_coordinates.png", rows, keys, monitor, mode, space)]
-    shares = importance(done, keys)
+    shares = importance(done, keys, space)
     if shares:
         paths.append(_bars(directory / "importance.png", shares, monitor, len(done)))
     return paths
 
 
-def importance(rows: Sequence[Row], keys: Sequence[str]) -> dict[str, float]:
+def importance(rows: Sequence[Row], keys: Sequence[str], space: Space | None = None) -> dict[str, float]:
     """Return the share in [0, 1] of the variance of the figure that each key explains by itself, the largest first.
 
-    A key is left out where every row has a value of its own and the values have no order: nothing can be said of it.
+    A key is left out where there are too few rows to say anything, such as one for each of its names.
 
     Args:
         rows: complete ones.
         keys: of the parameters to compare.
+        space: what was searched, for logarithms.
     """
     figures = np.array([row.mean for row in rows])
     total = float(((figures - figures.mean()) ** 2).sum())
     shares = {}
     for key in keys:
-        groups = _groups([row.parameters.get(key, "") for row in rows])
-        if total == 0 or not 1 < len(set(groups)) < len(rows):
+        columns = _columns([row.parameters.get(key, "") for row in rows], _is_log(space, key))
+        left = len(rows) - columns.shape[1]  # degrees of freedom
+        if total == 0 or left < 1 or columns.shape[1] < 2:
             continue
-        parts = [figures[[group == one for group in groups]] for one in sorted(set(groups))]
-        within = float(sum(((part - part.mean()) ** 2).sum() for part in parts)) / (len(rows) - len(parts))
-        between = total - within * (len(rows) - len(parts))
-        shares[key] = max(0.0, (between - (len(parts) - 1) * within) / (total + within))
+        fitted = columns @ np.linalg.lstsq(columns, figures, rcond=None)[0]
+        unexplained = float(((figures - fitted) ** 2).sum()) / left
+        shares[key] = max(0.0, 1 - unexplained / (total / (len(rows) - 1)))
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def _groups(texts: Sequence[str]) -> list[int]:
-    """Return the group of each value: one per value, or quarters where they are many numbers."""
+def _columns(texts: Sequence[str], log: bool | None) -> np.ndarray[Any, Any]:
+    """Return what least squares fit: (N, 3) powers of a number up to 2, or (N, V) ones where a value is the row's."""
     distinct = sorted(set(texts))
-    numbers = _numbers(texts)
-    if numbers is None or len(distinct) <= GROUPS:
-        return [distinct.index(text) for text in texts]
-    cuts = np.quantile(numbers, np.arange(1, GROUPS) / GROUPS)
-    return [int(np.searchsorted(cuts, number)) for number in numbers]
+    if _numbers(texts) is None or len(distinct) <= FEW:
+        return np.array([[float(text == value) for value in distinct] for text in texts])
+    scale = _Scale(texts, log)
+    places = np.array([scale(text) for text in texts])
+    return np.stack([np.ones_like(places), places, places**2], axis=1)
 
 
 def _numbers(texts: Sequence[str]) -> list[float] | None:
@@ -186,7 +187,7 @@ def _bars(path: Path, shares: dict[str, float], monitor: str, trials: int) -> Pa
     bars = axes.barh(names, [shares[name] for name in names], color="#3b6ea5", height=0.65)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
     axes.set_xlim(0, 1.08)
-    axes.set_xlabel(f"share of the variance of {monitor} that the key explains alone ({trials} trials)", fontsize=9)
+    axes.set_xlabel(f"share of the variance of {monitor} that a key explains alone ({trials} trials)", fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from detseg.config import ConfigError
 from detseg.engine.record import RECORD, TrialRecord, write_record
+from detseg.secrecy import redact
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -230,7 +231,7 @@ def _run(order: Order, started: float) -> None:
         outcome = order.objective(cfg)
         record = order.record.finished(outcome.figures, seconds=time.monotonic() - started)
     except Exception as error:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         record = order.record.failed(said(error) or type(error).__name__, seconds=time.monotonic() - started)
     write_record(order.directory / RECORD, record)
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self
 
-from detseg.engine.plan import write_atomically
+from detseg.atomic import write_atomic
+from detseg.secrecy import redact
 
 RECORD = "trial.json"
 
@@ -56,7 +57,7 @@ class TrialRecord:
 
     def failed(self, error: str, *, seconds: float) -> Self:
         """Return the record of a run that failed with ``error``."""
-        line = " ".join(error.split())[:2000]
+        line = redact(" ".join(error.split()))[:2000]
         return replace(self, state="failed", error=line, seconds=round(seconds, 3))
 
     @classmethod
@@ -71,4 +72,4 @@ class TrialRecord:
 def write_record(path: Path, record: TrialRecord) -> None:
     """Write a record whole or not at all."""
     content = {key: value for key, value in asdict(record).items() if key != "directory"}
-    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

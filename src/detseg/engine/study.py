@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from detseg.atomic import write_atomic
 from detseg.callbacks.pruning import PRUNED, open_storage
 from detseg.config import ConfigError, load_config
-from detseg.engine.plan import write_atomically
+from detseg.durable import newest_valid
+from detseg.engine.pool import LOG
 from detseg.engine.space import Choice, Space, Value, read_space, typed
+from detseg.secrecy import veil_arguments
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -59,7 +63,7 @@ class Request:
 
     def write(self, directory: Path) -> None:
         """Write it, whole or not at all."""
-        write_atomically(directory / STUDY, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomic(directory / STUDY, json.dumps(asdict(self), indent=1) + "\n")
 
     def space(self) -> Space:
         """Return what is searched."""
@@ -95,7 +99,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def locate(overrides: Sequence[str]) -> tuple[Request, Path]:
     """Return what is asked for and the directory of its study, which exists then."""
-    keys = {text: text.partition("=")[0].lstrip("+") for text in overrides}
+    keys = {text: text.partition("=")[0].lstrip("+") for text in veil_arguments(overrides)}
     resume = [text.partition("=")[2] for text, key in keys.items() if key == "resume"]
     request = Request(
         overrides=tuple(text for text, key in keys.items() if key != "resume" and not key.startswith("tune.")),
@@ -288,6 +292,22 @@ def _sampler(settings: DictConfig, *, drawn: int, workers: int) -> Any:
     with warnings.catch_warnings():  # constant_liar: an experiment in Optuna 4, the default in 5
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=settings.startup, constant_liar=workers > 1)
+
+
+def go_on(cfg: DictConfig, directory: Path) -> None:
+    """Let a run that was killed go on in its directory: behind its newest valid checkpoint, or anew if it has none.
+
+    Args:
+        cfg: of the run; gets ``resume``.
+        directory: the run's.
+    """
+    newest = newest_valid(directory / "checkpoints") if (directory / "checkpoints").is_dir() else None
+    if newest is not None:
+        cfg.resume = str(newest)
+        return
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name != LOG:  # nothing that was saved: it died before its first checkpoint
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from detseg.engine.fingerprint import fingerprint
 from detseg.engine.pool import Objective, Order, Pool, slots, visible_gpus
 from detseg.engine.record import RECORD, TrialRecord, write_record
 from detseg.engine.space import Value, typed
-from detseg.engine.study import Ledger, Request, locate, locked, plain, storage_url, whole
+from detseg.engine.study import Ledger, Request, go_on, locate, locked, plain, storage_url, whole
 from detseg.engine.sweep import Row, Summary, conclude
 from detseg.experiment import train
 
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 GRACE = 90.0
 """Seconds that trials have for their checkpoints when the study is asked to end."""
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that end the study in good order."""
 
 VOID = "the study was killed while it drew the values"
 
@@ -60,7 +63,7 @@ def tune(*overrides: str, objective: Objective = train) -> Summary:
         ConfigError: nothing is searched, or a choice does not compose.
         FileNotFoundError: ``resume`` names a directory without a study.
         ImportError: Optuna is not installed.
-        SystemExit: a signal ended the study; 128 plus its number. ``resume`` goes on.
+        SystemExit: a signal ended the study: 130 after Ctrl-C, else 143. ``resume`` goes on.
     """
     request, directory = locate(overrides)
     with locked(directory):
@@ -72,7 +75,7 @@ def tune(*overrides: str, objective: Objective = train) -> Summary:
         summary = search.summary()
     if search.stopped is not None:
         log.warning("stopped; detseg tune resume=%s goes on", directory)
-        raise SystemExit(128 + search.stopped)
+        raise SystemExit(128 + (signal.SIGINT if search.stopped == signal.SIGINT else signal.SIGTERM))
     return summary
 
 
@@ -201,8 +204,7 @@ class Search:
             return
         cfg = self.request.compose(texts)
         OmegaConf.update(cfg, "paths.output_dir", str(directory))
-        if (directory / "resolved.yaml").is_file():
-            cfg.resume = str(directory)
+        go_on(cfg, directory)
         self._add_pruning(cfg, trial.number, first=not trial.results)
         record = TrialRecord(
             parameters={text.partition("=")[0]: text.partition("=")[2] for text in typed(trial.values)},
@@ -274,7 +276,7 @@ class Search:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C end the study in good order; the second one at once."""
+        """Let a signal end the study in good order; the second one at once."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.stopped is not None:
@@ -282,7 +284,7 @@ class Search:
             self.stopped = number
 
         try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, note) for number in ENDING}
         except ValueError:  # not the main thread, as in some notebooks: signals stay theirs
             before = {}
         try:
