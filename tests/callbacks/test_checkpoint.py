@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
@@ -22,6 +23,7 @@ import detseg
 from detseg.callbacks import EMA, Checkpoint, DurableIO
 from detseg.callbacks.durable_io import check_finite, non_finite, previous_of
 from detseg.checkpoint import check_resume, init_from, read_checkpoint
+from detseg.cli.main import main
 from detseg.durable import WriteFailed, check_seal, newest_valid, write_sealed
 from detseg.nn.weights import read_state
 from tiny_task import TinyTask, fit
@@ -370,3 +372,25 @@ def test_a_file_written_by_hand_reads_back(tmp_path):
     plugin.remove_checkpoint(tmp_path / "a.ckpt")
     plugin.remove_checkpoint(tmp_path / "a.ckpt")
     assert {path.name for path in tmp_path.iterdir()} == {"list.ckpt"}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_the_verbs_say_in_one_line_what_is_wrong_with_a_file(tmp_path, capsys, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("photo.png")
+    write_sealed({"global_step": 1, "state_dict": {"model.w": torch.ones(100)}}, tmp_path / "whole.ckpt")
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    wrong = {
+        "cut": (whole[:-300], "its end is cut off or altered"),
+        "flipped": (bytes(flipped), "it is not what was written"),
+        "empty": (b"", "is empty (0 bytes)"),
+        "foreign": (b"just a text", "cannot be read with weights_only=True"),
+    }
+    for name, (raw, told) in wrong.items():
+        (tmp_path / f"{name}.ckpt").write_bytes(raw)
+        extra = ["source=photo.png"] if verb == "predict" else []
+        assert main([verb, f"ckpt={name}.ckpt", *extra]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and told in lines[0] and f"{name}.ckpt" in lines[0], (name, lines)
