@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from detseg.data.check import DataError, Report, both_lists, check_classes
 from detseg.data.loader import LateLoader, calm_worker
 from detseg.data.parcel import ship
-from detseg.data.sample import Sample, SampleDataset, collate
+from detseg.data.sample import Sample, SampleDataset, collate, empty_batch
 from detseg.data.samplers import EvalSampler, TrainSampler
 from detseg.data.split import TransformedSplit
 from detseg.data.watch import Watch
@@ -153,6 +153,8 @@ class DetectionData(L.LightningDataModule):
         transformed = TransformedSplit(samples=samples, transform=self.eval_transform, with_truth=True, name=split)
         return self._loader(transformed, sampler, self.eval_batch_size, drop_last=False)
 
+        if not len(sampler):  # Lightning would leave out this rank's evaluation, and the others wait for its figures
+            return DataLoader(cast(Any, [empty_batch(self.size_divisor)]), batch_size=None)
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return the validation split in order."""
         return self.eval_dataloader("val")

@@ -84,3 +84,9 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
         targets=[sample.target for sample in samples],
         truths=truths or None,
     )
+
+
+def empty_batch(side: int = 32) -> Batch:
+    """Return a batch without images, ``side`` pixels high and wide, for a process that has none to evaluate."""
+    images = torch.zeros((0, 3, side, side), dtype=torch.uint8)  # (0, 3, H, W)
+    return Batch(images=images, sizes=torch.zeros((0, 2), dtype=torch.int64), targets=[], truths=[])

@@ -186,7 +186,7 @@ class Task(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_index: int) -> list[Prediction]:
         """Return the predictions in the photos' own pixels, one per image."""
-        return restore(self(batch), batch)
+        return restore(self(batch), batch) if len(batch) else []
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Send the step's figures to the loggers, where they are due and the optimiser stepped."""
@@ -210,9 +210,12 @@ class Task(L.LightningModule):
         self._finish("test")
 
     def _evaluation_step(self, batch: Batch, batch_index: int, stage: str) -> list[Prediction]:
+        if not len(batch):  # a process without images
+            return []
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            # Two-stage losses sample: the same samples whatever ran before, and training is none the wiser.
-            torch.manual_seed(batch_index)
+            # Two-stage losses sample: the same samples whatever ran before, and training is none the wiser. An image
+            # that is a batch of its own has the same number on every count of processes.
+            torch.manual_seed(batch_index * self.trainer.world_size + self.global_rank)
             outputs = self.model(self._images(batch), batch.sizes, batch.targets)
             terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         figures = {"loss": torch.stack(list(terms.values())).sum(), **terms, **self._diagnose(outputs, batch)}
