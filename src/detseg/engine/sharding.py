@@ -71,6 +71,37 @@ class ShardedStrategy(ModelParallelStrategy):
         check_seal(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only=True)
 
+    def on_validation_start(self) -> None:
+        """Collect the whole weights on every process until validation ends.
+
+        How many images a process has, and how often a part is called for them, depends on the data; processes that
+        collected part by part would wait for one another for ever.
+        """
+        self._collect(True)
+
+    def on_validation_end(self) -> None:
+        """Let every process have its share alone."""
+        self._collect(False)
+
+    def on_test_start(self) -> None:
+        """As for validation."""
+        self._collect(True)
+
+    def on_test_end(self) -> None:
+        """As for validation."""
+        self._collect(False)
+
+    def _collect(self, whole: bool) -> None:
+        assert self.lightning_module is not None
+        model = cast(nn.Module, self.lightning_module.model)
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_reshard_after_forward(not whole and part is not model, recurse=False)
+                if whole:
+                    part.unshard()
+                else:
+                    part.reshard()
+
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a model in place: the large blocks of its backbone, each of its own parts, and what is left.
