@@ -76,6 +76,10 @@ def load_config(*overrides: str, name: str = "train") -> DictConfig:
     """
     register_resolvers()
     overrides = tuple(quoted(overrides))
+    if name == "train":
+        from detseg.engine.resume import expand
+
+        overrides = tuple(expand(overrides, place="paths.output_dir"))
     with _hydra(name):
         try:
             cfg = compose(name, ["paths=notebook", *overrides], return_hydra_config=True)
@@ -86,6 +90,10 @@ def load_config(*overrides: str, name: str = "train") -> DictConfig:
         del cfg["hydra"]
     for key, value in frozen.items():
         OmegaConf.update(cfg, key, value)
+    if name == "train":
+        from detseg.engine.resume import note_composed
+
+        note_composed(frozen["paths.output_dir"], overrides)
     return cfg
 
 
@@ -229,12 +237,21 @@ def build(cfg: DictConfig) -> Run:
 
     cfg = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))  # a copy, free of flags
     allow = list(cfg.allow)
+    check_targets(_without_interpolated(OmegaConf.to_container(cfg)), allow=allow)  # all, before the first is called
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: DetectionData = instantiate(cfg.data, allow=allow, path="data")
     cfg.data.num_classes = data.num_classes
     OmegaConf.resolve(cfg)
     task = build_task(cfg, class_names=data.class_names)
     return Run(cfg=cfg, data=data, task=task, trainer=build_trainer(cfg))
+
+
+def _without_interpolated(node: Any) -> Any:
+    """Return plain values without targets that refer to other keys: those are known, and checked, when it is built."""
+    if isinstance(node, dict):
+        left = {key: _without_interpolated(value) for key, value in node.items()}
+        return left if "${" not in str(node.get("_target_")) else list(left.values())
+    return [_without_interpolated(item) for item in node] if isinstance(node, list) else node
 
 
 def build_task(cfg: DictConfig, *, class_names: Sequence[str]) -> Task:

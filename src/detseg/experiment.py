@@ -8,6 +8,7 @@ import math
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -58,8 +59,11 @@ def train(cfg: DictConfig) -> Outcome:
     """
     from detseg.engine.launch import launch
     from detseg.engine.plan import launches
+    from detseg.engine.resume import record_run
 
     check_start(cfg)
+    if is_first_process():
+        record_run(cfg)
     return launch(cfg) if launches(cfg) else train_here(cfg)
 
 
@@ -72,11 +76,12 @@ def train_here(cfg: DictConfig) -> Outcome:
 
     from detseg.callbacks.loggers import closing
     from detseg.callbacks.signals import listening
+    from detseg.engine.resume import held, requeued
 
     keep_secrets()
     torch.set_float32_matmul_precision(cfg.matmul_precision)
-    with listening():
-        run = build(cfg)
+    with listening(), held(Path(cfg.paths.output_dir)) if is_first_process() else nullcontext():
+        run = build(requeued(cfg))
         with closing(run.trainer.loggers):
             begin(run)
             fit(run)
@@ -85,8 +90,12 @@ def train_here(cfg: DictConfig) -> Outcome:
 
 def check_start(cfg: DictConfig) -> None:
     """Refuse what cannot become a run, before anything is built."""
+    from detseg.engine.resume import goes_on, is_running
+
     directory = Path(cfg.paths.output_dir)
-    if is_first_process() and (directory / "resolved.yaml").exists():
+    if is_first_process() and is_running(directory):
+        raise ConfigError(f"{directory}: another process trains there")
+    if is_first_process() and (directory / "resolved.yaml").exists() and not goes_on(cfg):
         raise ConfigError(f"{directory} holds a run already, and nothing is overwritten; choose another name")
     for key in ("resume", "init_from"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
@@ -98,11 +107,17 @@ def check_start(cfg: DictConfig) -> None:
 def begin(run: Run) -> None:
     """Check that a run can go on from where it is told to, and write what it is."""
     from detseg.checkpoint import check_resume
+    from detseg.engine.resume import goes_on, say_differences
 
     if run.cfg.resume is not None:
         check_resume(run.task.model, run.cfg.resume, run.task.class_names)
     if is_first_process():
-        write_run_files(run.cfg, Path(run.cfg.paths.output_dir))
+        directory = Path(run.cfg.paths.output_dir)
+        if goes_on(run.cfg):
+            log.info("going on from %s", run.cfg.resume)
+            say_differences(run.cfg, directory)
+            (directory / "metrics.json").unlink(missing_ok=True)  # which marks a run that came to its end
+        write_run_files(run.cfg, directory)
         log.info(describe(run))
         said = rate_line(run.cfg)
         if said:

@@ -37,6 +37,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         "tune": _tune,
         "evaluate": _evaluate,
         "predict": _predict,
+        "dashboard": _dashboard,
         "replay": _replay,
     }
     keep_secrets()
@@ -54,11 +55,12 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     from detseg.cli.sweeps import sweep_end
+    from detseg.engine.resume import expand, record
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
     register_resolvers()
     check_flags(arguments)
-    arguments = quoted(arguments)
+    arguments = expand(quoted(arguments))
     typed = sys.argv
 
     def run(cfg: DictConfig) -> float | None:
@@ -66,6 +68,7 @@ def _train(arguments: Sequence[str]) -> None:
         sys.argv = [typed[0], "train", *arguments]  # what Lightning repeats where a run needs several processes
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             sweeps.add(Path(HydraConfig.get().sweep.dir))
+            record(Path(HydraConfig.get().sweep.dir), arguments)
         return train_one(cfg)
 
     sweeps: set[Path] = set()  # the one that runs, if one does
@@ -91,6 +94,7 @@ def _trial_names(arguments: Sequence[str]) -> list[str]:
 def train_one(cfg: DictConfig) -> float | None:
     """Train once and print what came out; a sweeper gets the figure that the task optimises."""
     from detseg.cli.show import show
+    from detseg.engine.resume import settle_trial
     from detseg.engine.sweep import run_trial
     from detseg.experiment import is_first_process, train
 
@@ -98,7 +102,8 @@ def train_one(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     try:
         if hydra_cfg.mode == RunMode.MULTIRUN:
-            outcome = run_trial(cfg, train=train, overrides=hydra_cfg.overrides.task, sweep=Path(hydra_cfg.sweep.dir))
+            overrides, sweep = hydra_cfg.overrides.task, Path(hydra_cfg.sweep.dir)
+            outcome = settle_trial(cfg) or run_trial(cfg, train=train, overrides=overrides, sweep=sweep)
         else:
             outcome = train(cfg)
     except MENDABLE as error:
@@ -156,6 +161,12 @@ def _compose_and_run(
         raise ConfigError(f"detseg {verb} needs {', '.join(f'{key}=...' for key in missing)}; see detseg {verb} --help")
     quiet()
     show(run(cfg))
+
+
+def _dashboard(arguments: Sequence[str]) -> None:
+    from detseg.engine.dashboard import dashboard
+
+    dashboard(arguments)
 
 
 def _verb_help(verb: str) -> str:

@@ -1,0 +1,143 @@
+"""``resume=<run directory>`` and ``resume=auto``, as typed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from detseg.cli.main import main
+from detseg.config import ConfigError, load_config
+from detseg.engine.resume import held, is_running
+from detseg.experiment import train
+
+QUICK = [
+    "trainer=cpu",
+    "model=unet_small",
+    "data.train_images=6",
+    "data.val_images=2",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.image_size=64",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "scheduler=constant",
+    "callbacks.images=null",
+    "callbacks.curves=null",
+]
+
+
+def runs(directory: Path, name: str = "*") -> list[Path]:
+    return sorted(path.parent for path in directory.glob(f"runs/{name}/*/environment.json"))
+
+
+def steps(run: Path) -> list[tuple[str, str]]:
+    rows = csv.DictReader((run / "csv" / "metrics.csv").open())
+    return [(row["step"], row["train/loss"]) for row in rows if row["train/loss"]]
+
+
+def undo(run: Path) -> None:
+    """Leave a run as a kill after its first epoch would."""
+    keep = run / "checkpoints" / "last-1.ckpt"
+    for path in [run / "metrics.json", *(run / "checkpoints").glob("*.ckpt")]:
+        if path != keep:
+            path.unlink()
+
+
+class TestGoOn:
+    def test_in_the_same_directory_with_what_was_typed_and_what_is_typed_now(
+        self, in_tmp: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ):
+        assert main(["train", *QUICK, "seed=5"]) == 0
+        (run,) = runs(in_tmp)
+        assert json.loads((run / "overrides.json").read_text()) == [*QUICK, "seed=5"]
+        whole = steps(run)
+        undo(run)
+        assert main(["train", f"resume={run}"]) == 0
+        assert runs(in_tmp) == [run] and (run / "metrics.json").exists()
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+        assert steps(run) == whole and len(whole) == 6
+        assert yaml.safe_load((run / "resolved.yaml").read_text())["seed"] == 5
+        assert main(["train", f"resume={run}", "trainer.max_epochs=3"]) == 0
+        assert runs(in_tmp) == [run] and len(steps(run)) == 9
+        assert "trainer.max_epochs=3, it was 2" in caplog.text + capsys.readouterr().out
+
+    def test_auto_finds_the_unfinished_run_of_the_same_command(self, in_tmp: Path):
+        assert main(["train", *QUICK, "resume=auto"]) == 0
+        (first,) = runs(in_tmp)
+        assert main(["train", *QUICK, "resume=auto"]) == 0, "the first has ended, so another begins"
+        assert len(runs(in_tmp)) == 2
+        undo(first)
+        assert main(["train", *QUICK, "resume=auto", "seed=7"]) == 0, "another command"
+        assert len(runs(in_tmp)) == 3 and not (first / "metrics.json").exists()
+        with held(first):
+            pass
+        assert main(["train", *QUICK, "resume=auto"]) == 0
+        assert len(runs(in_tmp)) == 3 and (first / "metrics.json").exists()
+
+    def test_auto_in_a_sweep_leaves_out_what_has_ended(self, in_tmp: Path, caplog: pytest.LogCaptureFixture):
+        command = ["train", "-m", *QUICK, "seed=1,2", "resume=auto"]
+        assert main(command) == 0
+        trials = sorted(path.parent for path in in_tmp.glob("runs/*/*/*/metrics.json"))
+        assert [trial.name for trial in trials] == ["seed=1", "seed=2"]
+        first = (trials[0] / "metrics.json").stat().st_mtime_ns
+        undo(trials[1])
+        assert main(command) == 0
+        again = sorted(path.parent for path in in_tmp.glob("runs/*/*/*/metrics.json"))
+        assert again == trials and (trials[0] / "metrics.json").stat().st_mtime_ns == first
+        assert len(steps(trials[1])) == 6
+
+    def test_a_run_that_died_before_its_first_checkpoint_starts_anew(self, in_tmp: Path):
+        assert main(["train", *QUICK, "trainer.max_epochs=1"]) == 0
+        (run,) = runs(in_tmp)
+        undo(run)
+        assert not list((run / "checkpoints").glob("*.ckpt"))
+        assert main(["train", f"resume={run}"]) == 0
+        assert runs(in_tmp) == [run] and (run / "checkpoints" / "last.ckpt").exists()
+
+    def test_a_notebook_goes_on_too(self, in_tmp: Path):
+        outcome = train(load_config(*QUICK))
+        undo(outcome.directory)
+        again = train(load_config(f"resume={outcome.directory}"))
+        assert again.directory == outcome.directory
+        assert again.figures["miou"] == pytest.approx(outcome.figures["miou"], abs=0)
+
+    def test_says_what_cannot_be_gone_on_with(self, in_tmp: Path, capsys: pytest.CaptureFixture[str]):
+        (in_tmp / "empty").mkdir()
+        assert main(["train", "resume=empty"]) == 2
+        assert "resume=empty: no run (there is no overrides.json)" in capsys.readouterr().err
+        assert main(["train", "resume=nowhere"]) == 2
+        assert "resume=nowhere: there is no such file" in capsys.readouterr().err
+
+
+def test_a_directory_is_held_by_one_process(tmp_path: Path):
+    import multiprocessing
+
+    def hold(directory: Path, queue: Any) -> None:
+        with held(directory):
+            queue.put("held")
+            queue.get()
+
+    context = multiprocessing.get_context("fork")
+    there, back = context.Queue(), context.Queue()
+
+    class Both:
+        put, get = staticmethod(back.put), staticmethod(there.get)
+
+    process = context.Process(target=hold, args=(tmp_path, Both), daemon=True)
+    process.start()
+    try:
+        assert back.get(timeout=30) == "held"
+        assert is_running(tmp_path)
+        with pytest.raises(ConfigError, match="another process trains there"), held(tmp_path):
+            pass
+        process.kill()
+        process.join(10)
+        assert not is_running(tmp_path), "however it ended"
+    finally:
+        process.kill()
