@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from detseg.callbacks import Guard
+from detseg.engine.launch import failure
 from guarded_models import BRIGHT, DARK, fit, images, make_task, weights
 from ranks import run_ranks
 
@@ -41,6 +43,14 @@ def test_both_stop_and_say_the_same(bad: float, tmp_path: Path):
         assert bool(value.isfinite().all()), name
         if "running" not in name:  # each rank's own statistics
             assert_close(value, found[1]["weights"][name], rtol=0, atol=0)
+
+
+def test_the_launcher_says_the_guards_error_and_not_how_the_other_ranks_were_ended():
+    note = {"rank": 0, "code": 1, "kind": "FloatingPointError", "message": "step 1: the loss is nan", "time": 5.0}
+    ended = {"rank": 1, "code": -signal.SIGTERM, "pid": 7, "time": 4.9}
+    said = failure([note | {"ended": False}], {"failures": [ended]}, 1)
+    assert str(said) == "rank 0: step 1: the loss is nan" and said.code == 1 and said.kind == "FloatingPointError"
+    assert "rank 1 (process 7) was ended by SIGTERM" in str(failure([], {"failures": [ended]}, 1))
 
 
 @pytest.mark.slow

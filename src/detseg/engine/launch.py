@@ -208,6 +208,8 @@ def failure(notes: list[dict[str, Any]], report: Mapping[str, Any], code: int) -
         code: of the agent.
     """
     killed = [item for item in report.get("failures", []) if item["code"] < 0]
+    if any(note["code"] and not _lost_peer(note) for note in notes):  # the agent ends the others of one that failed
+        killed = [item for item in killed if -item["code"] != signal.SIGTERM]
     if killed:  # its neighbours' errors about a lost connection follow from that
         first = min(killed, key=lambda item: item["time"])
         name = signal.Signals(-first["code"]).name
