@@ -185,14 +185,15 @@ class Guard(L.Callback):
         windows = gather_windows(self._window, verdict.ranks, trainer.world_size, trainer.global_rank)
         path = Path(self.dirpath or trainer.default_root_dir) / f"nonfinite_step_{task.global_step}.pt"
         state = trainer.strategy.lightning_module_state_dict()  # of a sharded model on all ranks together
-        if not trainer.is_global_zero:
-            return f"; replay it with: detseg replay {path}"
         cause = {"losses": verdict.losses, "norm": str(verdict.norm), "images": verdict.images}
-        try:
-            self.file = write_replay(path, trainer=trainer, task=task, state=state, windows=windows, cause=cause)
-        except (OSError, RuntimeError, TypeError) as error:
-            return f" (no replay file: {str(error).splitlines()[0]})"
-        return f"; replay it with: detseg replay {path}"
+        said = f"; replay it with: detseg replay {path}"
+        if trainer.is_global_zero:
+            try:
+                self.file = write_replay(path, trainer=trainer, task=task, state=state, windows=windows, cause=cause)
+            except (OSError, RuntimeError, TypeError) as error:
+                said = f" (no replay file: {str(error).splitlines()[0]})"
+        trainer.strategy.barrier("guard")  # the first process that ends has the others ended, while this one writes
+        return said
 
     def _release(self, pl_module: L.LightningModule) -> None:
         self._window, self._trainer, self._task = [], None, None
