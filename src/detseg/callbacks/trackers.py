@@ -1,7 +1,6 @@
 """Weights & Biases and MLflow: one run per training run, gone on with where that goes on, and told how it ended.
 
-Both need a third of a millisecond and more for a row of figures, so rows are handed to a thread. What a tracker cannot
-store is a warning: a full night's training does not end because a dashboard is away.
+Both need a third of a millisecond and more for a row of figures, so rows are handed to a thread.
 """
 
 from __future__ import annotations
@@ -9,13 +8,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
-import queue
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,63 +19,10 @@ from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from detseg.atomic import write_atomic
+from detseg.callbacks.handover import Handover, Row
 from detseg.callbacks.loggers import plain
 
-log = logging.getLogger(__name__)
-
-Row = tuple[dict[str, float], int | None, float]
-"""Figures by name, step, and the time of day in seconds at which they were taken."""
-
-PAUSE = 1.0  # seconds in which rows gather before they are written together
 CLOSED = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}  # else FAILED, in MLflow's words
-
-
-class Handover:
-    """Rows on their way to a slow store, written in order by a thread of their own.
-
-    Args:
-        write: stores some rows; whatever it raises becomes a warning.
-        pause: seconds in which rows gather.
-    """
-
-    def __init__(self, write: Callable[[list[Row]], None], *, pause: float = PAUSE) -> None:
-        self._write, self._pause = write, pause
-        self._queue: queue.SimpleQueue[Row | threading.Event] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._hurry = threading.Event()
-
-    def put(self, metrics: Mapping[str, float], step: int | None) -> None:
-        """Hand over a row; returns at once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="detseg-tracker", daemon=True)
-            self._thread.start()
-        self._queue.put((dict(metrics), step, time.time()))
-
-    def drain(self, timeout: float = 60.0) -> None:
-        """Wait until everything handed over so far is stored, at most ``timeout`` seconds."""
-        if self._thread is None:
-            return
-        done = threading.Event()
-        self._queue.put(done)
-        self._hurry.set()
-        if not done.wait(timeout):
-            log.warning("a tracker has not stored its figures after %.0f s; the run goes on without waiting", timeout)
-
-    def _run(self) -> None:
-        while True:
-            found = [self._queue.get()]
-            self._hurry.wait(self._pause)
-            while not self._queue.empty():
-                found.append(self._queue.get())
-            self._hurry.clear()
-            rows = [item for item in found if not isinstance(item, threading.Event)]
-            try:
-                self._write(rows)
-            except Exception as error:
-                log.warning("a tracker refused %d rows of figures: %s: %s", len(rows), type(error).__name__, error)
-            for item in found:
-                if isinstance(item, threading.Event):
-                    item.set()
 
 
 class Identity:
@@ -95,7 +37,7 @@ class Identity:
         self.directory = Path(directory)
         self._file = self.directory / "trackers.json"
         place, top = self.directory.resolve(), Path(root).resolve()
-        self._parts = place.relative_to(top).parts if place.is_relative_to(top) else place.parts[-2:]
+        self._parts = (place.relative_to(top).parts if place.is_relative_to(top) else ()) or place.parts[-2:]
 
     @property
     def name(self) -> str:
@@ -161,6 +103,7 @@ class WandbLog(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hand a row of figures over; pictures are sent at once, after the rows before them."""
         if all(isinstance(value, int | float) for value in metrics.values()):
+            _ = self.experiment  # begun here, not in the thread
             self._handover.put(metrics, step)
             return
         self._handover.drain()
@@ -281,6 +224,7 @@ class MlflowLog(MLFlowLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Hand a row of figures over."""
+        _ = self.experiment  # begun here, not in the thread
         self._handover.put(metrics, step)
 
     def _store(self, rows: list[Row]) -> None:

@@ -35,6 +35,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     verbs: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
         "tune": _tune,
+        "find": _find,
         "evaluate": _evaluate,
         "predict": _predict,
         "dashboard": _dashboard,
@@ -45,7 +46,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     try:
         verbs[verb](arguments)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(config_error(error, [text for text in arguments if "=" in text], name=verb))
+        own = any(text.startswith(("-cd", "--config-dir")) for text in arguments)  # whose choices are not known here
+        return _fail(config_error(error, [text for text in arguments if "=" in text and not own], name=verb))
     except MENDABLE as error:
         return _fail(error)
     except SystemExit as end:  # from Hydra's own flags, or from a run that said its error already
@@ -122,6 +124,16 @@ def _tune(arguments: Sequence[str]) -> None:
         print(_verb_help("tune"))
         return
     tune(arguments)
+
+
+def _find(arguments: Sequence[str]) -> None:
+    from detseg.cli.find import find
+
+    if any(text in ("-h", "--help") for text in arguments):
+        print(_verb_help("find"))
+        return
+    _quiet()
+    find(quoted(arguments))
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
