@@ -1,0 +1,126 @@
+"""Runs that are told to end, and runs that are killed: what they leave, what they return, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared import REPO
+
+
+def run_trials(directory: Path, *trials: dict[str, Any]) -> list[int]:
+    """Run trials one after the other in a process that forks them; return their exit codes."""
+    plan = directory / "plan.json"
+    plan.write_text(json.dumps(trials))
+    done = subprocess.run(
+        [sys.executable, str(REPO / "tests" / "killed_runs.py"), str(plan)],
+        env=os.environ | {"PYTHONPATH": str(REPO / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    logs = "\n".join(path.read_text()[-2000:] for path in directory.rglob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trace(directory: Path, name: str) -> list[str]:
+    return (directory / name).read_text().splitlines()
+
+
+def steps(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("step")]
+
+
+def joined(first: list[str], rest: list[str]) -> list[str]:
+    """Return the steps of a run that was broken off, with what was trained twice counted once; both must agree."""
+    number = {line.split()[1]: line for line in steps(first)}
+    for line in steps(rest):
+        assert number.get(line.split()[1], line) == line, "a step that was done again came out otherwise"
+        number[line.split()[1]] = line
+    return [number[key] for key in sorted(number, key=int)]
+
+
+SAVE = {"checkpoint": {"last_every_n_steps": 2}}
+
+
+@pytest.mark.slow
+class TestToldToEnd:
+    def test_a_checkpoint_within_the_step_and_the_exit_code(self, tmp_path: Path):
+        trials = [
+            {"directory": str(tmp_path / name), "name": "first", "signal": number, "after": after, **more}
+            for name, number, after, more in (
+                ("term", signal.SIGTERM, 3, {}),
+                ("usr1", signal.SIGUSR1, 3, {}),
+                ("int", signal.SIGINT, 3, {}),
+                ("validation", signal.SIGTERM, 5, {"slow": 0.2}),
+                ("group", signal.SIGTERM, 3, {"group": True, "options": {"data": {"num_workers": 2}}}),
+            )
+        ]
+        whole = {"directory": str(tmp_path / "whole"), "name": "first"}
+        again = [{"directory": trial["directory"], "name": "second", "resume": True} for trial in trials]
+        codes = run_trials(tmp_path, whole, *trials, *again)
+        assert codes == [0, 143, 143, 130, 143, 143, 0, 0, 0, 0, 0]
+        expected = trace(tmp_path / "whole", "first")
+        for trial in trials:
+            directory = Path(trial["directory"])
+            first, rest = trace(directory, "first"), trace(directory, "second")
+            assert first + rest == expected, f"{directory.name}: nothing is lost and nothing is done twice"
+        assert not any(line.startswith("val") for line in trace(tmp_path / "validation", "first"))
+        saved = torch.load(tmp_path / "term" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert saved["global_step"] >= 10  # the resumed run's own
+        assert "told to end by SIGTERM: step" in (tmp_path / "term" / "first.log").read_text()
+
+    def test_a_second_interrupt_ends_at_once(self, tmp_path: Path):
+        trial = {"directory": str(tmp_path / "run"), "name": "first", "signal": signal.SIGINT, "after": 5, "times": 2}
+        (code,) = run_trials(tmp_path, trial | {"slow": 0.5})
+        assert code == 130
+        assert not list((tmp_path / "run").rglob("*.ckpt"))
+        assert "Ctrl-C again ends it at once" in (tmp_path / "run" / "first.log").read_text()
+
+    def test_the_step_of_several_batches_is_finished(self, tmp_path: Path):
+        options = {"accumulate_grad_batches": 4, "data": {"train": 40}, "max_epochs": 1}
+        trial = {"directory": str(tmp_path / "run"), "name": "first", "signal": signal.SIGTERM, "after": 6}
+        codes = run_trials(tmp_path, trial | {"options": options})
+        assert codes == [143]
+        batches = len(steps(trace(tmp_path / "run", "first")))
+        saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert batches % 4 == 0 and saved["global_step"] == batches // 4
+        assert saved["detseg_position"]["batch"] == batches and not saved["detseg_position"]["accumulating"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_ten_times_and_gone_on_with_each_time(workers: int, tmp_path: Path):
+    """kill -9 at random moments; the checkpoints are of every second step, so up to two steps are done again."""
+    options = {"data": {"num_workers": workers, "train": 16}, "max_epochs": 4, **SAVE}
+    other = {**options, "data": {"num_workers": 2 - workers, "train": 16}}
+    draw = random.Random(workers)
+    whole = {"directory": str(tmp_path / "whole"), "name": "first", "options": options}
+    killed, again = [], []
+    for number in range(10):
+        place = {"directory": str(tmp_path / f"run{number}")}
+        after = draw.randrange(1, 34)
+        killed.append(place | {"name": "first", "signal": signal.SIGKILL, "after": after, "options": options})
+        again.append(place | {"name": "second", "resume": True, "options": other if number % 3 == 0 else options})
+    codes = run_trials(tmp_path, whole, *killed, *again)
+    assert codes[0] == 0 and codes[11:] == [0] * 10
+    assert codes[1:11].count(-signal.SIGKILL) >= 8, "the others came to their end before the signal"
+    expected = steps(trace(tmp_path / "whole", "first"))
+    assert len(expected) == 32
+    for number in range(10):
+        first, rest = (trace(tmp_path / f"run{number}", name) for name in ("first", "second"))
+        assert joined(first, rest) == expected, f"trial {number}"
+        last = [line for line in rest if not line.startswith("step")][-2:]
+        assert last == trace(tmp_path / "whole", "first")[-2:], "validation and epoch end as in the unbroken run"
+        assert len(steps(first)) + len(steps(rest)) <= 32 + 2
