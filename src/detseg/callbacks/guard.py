@@ -101,8 +101,8 @@ class Guard(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch no longer."""
         self._release(pl_module)
-        if self.skipped:
-            log.warning("%d steps in all were left out, as their loss or gradient was not finite", self.skipped)
+        if self.skipped and trainer.is_global_zero:
+            log.warning("steps left out, as their loss or gradient was not finite: %d", self.skipped)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let go of the batches."""

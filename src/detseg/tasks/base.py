@@ -301,10 +301,12 @@ class Task(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says; with a guard, which judges the clipping's own norm, the norm is taken just once."""
-        if self.guard is None:
+        plugin = self.trainer.precision_plugin
+        scaled = getattr(plugin, "scaler", None) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if self.guard is None or (gradient_clip_val and scaled):  # Lightning's error about fused optimisers is right
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        parameters = self.trainer.precision_plugin.main_params(optimizer)
+        parameters = plugin.main_params(optimizer)
         self.gradient_norm = clip_gradients(parameters, value=gradient_clip_val, algorithm=gradient_clip_algorithm)
         self.guard.judge(self.gradient_norm, optimizer)
 
