@@ -47,13 +47,23 @@ def launch(cfg: DictConfig) -> Outcome:
         WorkerFailed: one of them failed; the message names its rank and says its error.
         SystemExit: they were asked to end by a signal, and did.
     """
-    from detseg.engine.together import launch_together
-
     wanted = plan(cfg)
-    if wanted.nodes > 1:
-        return launch_together(cfg, wanted)
     config = Path(cfg.paths.output_dir) / "resolved.yaml"
+    if cfg.get("slurm") is not None:
+        from detseg.engine.slurm import submit
+
+        write_config(cfg, config, wanted)
+        return submit(config, wanted, cfg.slurm, name=str(cfg.name))
+    if wanted.nodes > 1:
+        from detseg.engine.together import launch_together
+
+        return launch_together(cfg, wanted)
     write_config(cfg, config, wanted)
+    return launch_here(config, wanted)
+
+
+def launch_here(config: Path, wanted: Plan) -> Outcome:
+    """Train in processes of this machine, which read ``config``; see ``launch``."""
     # Addresses, as names of machines do not resolve everywhere; port 0: the agent takes a free one.
     meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--rdzv-id=detseg"]
     with tempfile.TemporaryDirectory(prefix="detseg-") as name:

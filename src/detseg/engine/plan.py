@@ -73,7 +73,7 @@ def launches(cfg: DictConfig) -> bool:
     """Say whether ``cfg`` needs processes beside this one, which is not itself one of them."""
     strategy = cfg.trainer.strategy
     own = isinstance(strategy, str) and strategy.endswith(SPAWNED)
-    return not is_worker() and not own and plan(cfg).world > 1
+    return not is_worker() and not own and (plan(cfg).world > 1 or cfg.get("slurm") is not None)
 
 
 def write_config(cfg: DictConfig, path: Path, wanted: Plan) -> None:

@@ -38,15 +38,17 @@ def launch_together(cfg: DictConfig, wanted: Plan) -> Outcome:
     """Train on several machines; this one may be any of them. See ``detseg.engine.launch.launch``."""
     meeting = meet(wanted.rendezvous, wanted.nodes)
     try:
-        return lead(cfg, wanted, meeting) if meeting.node == 0 else follow(cfg, meeting)
+        if meeting.node:
+            return follow(meeting, Path(cfg.paths.output_dir))
+        config = Path(cfg.paths.output_dir) / "resolved.yaml"
+        write_config(cfg, config, wanted)
+        return lead(config, wanted, meeting)
     finally:
         meeting.close()
 
 
-def lead(cfg: DictConfig, wanted: Plan, meeting: Meeting) -> Outcome:
+def lead(config: Path, wanted: Plan, meeting: Meeting) -> Outcome:
     """Tell the other machines what to run, run the own share, and say how it ended."""
-    config = Path(cfg.paths.output_dir) / "resolved.yaml"
-    write_config(cfg, config, wanted)
     wait_for_others(meeting)
     text = config.read_text(encoding="utf-8")
     meeting.put("task", {"config": text, "directory": str(config.parent.absolute()), "local": wanted.local})
@@ -63,15 +65,19 @@ def lead(cfg: DictConfig, wanted: Plan, meeting: Meeting) -> Outcome:
     return outcome_of(left)
 
 
-def follow(cfg: DictConfig, meeting: Meeting) -> Outcome:
-    """Run what the first machine says, and take the outcome from it."""
+def follow(meeting: Meeting, composed: Path | None = None) -> Outcome:
+    """Run what the first machine says, and take the outcome from it.
+
+    Args:
+        meeting: of the machines.
+        composed: directory of the run that was composed here, which is not what is run.
+    """
     task = meeting.take("task", WAIT)
     if task is None:
         raise TimeoutError(f"rdzv={meeting.place}: the first machine said nothing within {WAIT:.0f} s")
-    own = Path(cfg.paths.output_dir).absolute()
-    if own != Path(task["directory"]):
-        log.info("machine %d of the run in %s", meeting.node, task["directory"])
-        discard(own)
+    log.info("machine %d of the run in %s", meeting.node, task["directory"])
+    if composed is not None and composed.absolute() != Path(task["directory"]):
+        discard(composed.absolute())
     with tempfile.TemporaryDirectory(prefix="detseg-") as name:
         config = Path(name) / "resolved.yaml"
         config.write_text(task["config"], encoding="utf-8")

@@ -18,13 +18,16 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.engine import desk
 from detseg.engine.errors import MENDABLE, exit_code, quiet, said
 from detseg.secrecy import redact
+
+if TYPE_CHECKING:
+    from detseg.experiment import Outcome
 
 ASKED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a run that was asked to end and did so in order."""
@@ -76,13 +79,18 @@ def run(config: Path, rank: int) -> dict[str, Any]:
             print(redact(traceback.format_exc()), file=sys.stderr)
         return {"code": exit_code(error), "kind": type(error).__name__, "message": said(error), "ended": False}
     if rank == 0:
-        desk.put("outcome.json", asdict(outcome) | {key: _text(getattr(outcome, key)) for key in PATHS})
+        desk.put("outcome.json", plain_outcome(outcome))
     leave_group()
     return {"code": 0, "kind": "", "message": "", "ended": False}
 
 
 PATHS = ("directory", "checkpoint", "files")
 """Fields of an ``Outcome`` that hold paths."""
+
+
+def plain_outcome(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome as plain values, for ``detseg.engine.launch.outcome_of``."""
+    return asdict(outcome) | {key: _text(getattr(outcome, key)) for key in PATHS}
 
 
 def _text(value: Any) -> Any:
