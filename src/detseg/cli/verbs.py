@@ -132,7 +132,7 @@ def _find(arguments: Sequence[str]) -> None:
     if any(text in ("-h", "--help") for text in arguments):
         print(_verb_help("find"))
         return
-    _quiet()
+    quiet()
     find(quoted(arguments))
 
 

@@ -51,6 +51,11 @@ def warmup_multistep(
     return linear(step, steps=warmup_steps, start=start) * gamma**falls
 
 
+def ramp(step: int, *, total_steps: int, start: float, end: float) -> float:
+    """Return the factor of a geometric rise from ``start`` in step 0 to ``end`` in the last."""
+    return float(start * (end / start) ** (min(step, total_steps - 1) / max(1, total_steps - 1)))
+
+
 class WarmupCosine(LambdaLR):
     """``warmup_cosine`` for an optimiser.
 
@@ -130,3 +135,17 @@ class WarmupMultiStep(LambdaLR):
             gamma=gamma,
         )
         super().__init__(optimizer, factor)
+
+
+class Ramp(LambdaLR):
+    """A rise by the same factor in every step: the range test of ``detseg find lr``.
+
+    Args:
+        optimizer: its groups' learning rates are what the factors multiply.
+        total_steps: optimiser steps of the whole rise.
+        start: factor of the first step.
+        end: factor of the last step.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, total_steps: int, start: float, end: float) -> None:
+        super().__init__(optimizer, partial(ramp, total_steps=total_steps, start=start, end=end))

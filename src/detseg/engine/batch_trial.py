@@ -1,0 +1,138 @@
+"""One batch size, tried in a process of its own, which may die of it: ``python -m detseg.engine.batch_trial``.
+
+Two optimiser steps on the worst batch: from the second on there is the optimiser's state too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from detseg.config import build_task, build_trainer
+from detseg.engine.worst_batch import WorstData, read_worst
+
+KEPT = ("ema", "compile")
+"""Callbacks that need memory of their own; frozen parts would hide what training needs later."""
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad alloc",
+    "bad_alloc",
+    "alloc_failed",  # cuBLAS and cuDNN
+    "could not create a primitive",  # oneDNN
+    "could not create a memory",
+)
+"""What the errors say that are not of class ``torch.OutOfMemoryError``, such as those of torch's CPU allocator."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try, and write what came out as JSON; return 0 where there is a result, also one of too little memory."""
+    parser = argparse.ArgumentParser()
+    for name in ("--config", "--worst", "--result"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--images", type=int, required=True)
+    parser.add_argument("--limit", type=int, default=0, help="bytes that this process may take; 0: no limit")
+    parser.add_argument("--share", type=float, default=1.0, help="of the GPU's memory that it may take")
+    given = parser.parse_args(arguments)
+    confine(given.limit)
+    try:
+        result = attempt(cast(DictConfig, OmegaConf.load(given.config)), given.worst, given.images, given.share)
+    except Exception as error:
+        logging.getLogger(__name__).exception("trial of %d images", given.images)
+        kind = "memory" if is_out_of_memory(error) else "error"
+        result = {kind: f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
+    given.result.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def confine(limit: int) -> None:
+    """Keep this process to ``limit`` bytes, and let the system end it before any other when memory runs out."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    except OSError:  # not Linux
+        return
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def attempt(cfg: DictConfig, worst_file: Path, images: int, share: float) -> dict[str, Any]:
+    """Take two steps with ``images`` images; return peak memory in bytes and seconds of the second step."""
+    if torch.cuda.is_available() and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
+    steps, accumulated = 2, min(2, cfg.trainer.accumulate_grad_batches)
+    prepare(cfg, steps, accumulated)
+    data = WorstData(
+        worst=read_worst(worst_file),
+        batch_size=images,
+        size_divisor=cfg.data.size_divisor,
+        batches=steps * accumulated,
+    )
+    task = build_task(cfg, class_names=list(cfg.find.class_names))
+    trainer = build_trainer(cfg)
+    clock = Clock()
+    trainer.callbacks.append(clock)  # type: ignore[attr-defined]  # a list; Lightning types it away
+    trainer.fit(task, datamodule=data)
+    return {"bytes": peak_memory(), "seconds": clock.last}
+
+
+def prepare(cfg: DictConfig, steps: int, accumulated: int) -> None:
+    """Make the config train for a few steps in this process alone and leave nothing behind."""
+    callbacks = cfg.get("callbacks") or {}
+    cfg.callbacks = {name: callbacks[name] for name in KEPT if callbacks.get(name) is not None}
+    cfg.logger = cfg.resume = cfg.init_from = None
+    cfg.trainer.update(max_steps=steps, max_epochs=1, max_time=None, accumulate_grad_batches=accumulated)
+    cfg.trainer.update(limit_train_batches=None, limit_val_batches=0, num_sanity_val_steps=0, overfit_batches=0.0)
+    cfg.trainer.update(enable_checkpointing=False, enable_progress_bar=False, fast_dev_run=False)
+    cfg.trainer.update(devices=1, num_nodes=1, strategy="auto")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that there was too little memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(word in str(error).lower() for word in OUT_OF_MEMORY)
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has taken: of its GPU where it used one, else of the machine."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+        return int(torch.cuda.max_memory_reserved())
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+class Clock(L.Callback):
+    """Times every batch; ``last`` is that of the last one, in seconds."""
+
+    def __init__(self) -> None:
+        self.last = self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Stop, when the GPU is done too."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.last = time.perf_counter() - self._start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
