@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from detseg.callbacks import Shutdown
+from detseg.callbacks.signals import HANDLED, code_of, listening, requeue
 from shared import REPO
 
 
@@ -79,14 +81,14 @@ class TestToldToEnd:
         assert not any(line.startswith("val") for line in trace(tmp_path / "validation", "first"))
         saved = torch.load(tmp_path / "term" / "checkpoints" / "last.ckpt", weights_only=True)
         assert saved["global_step"] >= 10  # the resumed run's own
-        assert "told to end by SIGTERM: step" in (tmp_path / "term" / "first.log").read_text()
+        assert "told to end by SIGTERM: step" in (tmp_path / "term" / "first.0.log").read_text()
 
     def test_a_second_interrupt_ends_at_once(self, tmp_path: Path):
         trial = {"directory": str(tmp_path / "run"), "name": "first", "signal": signal.SIGINT, "after": 5, "times": 2}
         (code,) = run_trials(tmp_path, trial | {"slow": 0.5})
         assert code == 130
         assert not list((tmp_path / "run").rglob("*.ckpt"))
-        assert "Ctrl-C again ends it at once" in (tmp_path / "run" / "first.log").read_text()
+        assert "Ctrl-C again ends it at once" in (tmp_path / "run" / "first.0.log").read_text()
 
     def test_the_step_of_several_batches_is_finished(self, tmp_path: Path):
         options = {"accumulate_grad_batches": 4, "data": {"train": 40}, "max_epochs": 1}
@@ -124,3 +126,76 @@ def test_killed_ten_times_and_gone_on_with_each_time(workers: int, tmp_path: Pat
         last = [line for line in rest if not line.startswith("step")][-2:]
         assert last == trace(tmp_path / "whole", "first")[-2:], "validation and epoch end as in the unbroken run"
         assert len(steps(first)) + len(steps(rest)) <= 32 + 2
+
+
+@pytest.mark.slow
+class TestSeveralProcesses:
+    TWO: ClassVar[dict[str, Any]] = {"strategy": "ddp", "devices": 2, "data": {"train": 20}}
+
+    def test_a_signal_to_one_ends_all_at_the_same_step(self, tmp_path: Path):
+        common = {"ranks": 2, "options": self.TWO}
+        whole = {"directory": str(tmp_path / "whole"), "name": "first", **common}
+        told = [
+            {"directory": str(tmp_path / "step"), "name": "first", "signal": signal.SIGTERM, "after": 3, "to": 1},
+            {"directory": str(tmp_path / "val"), "name": "first", "signal": signal.SIGTERM, "after": 5, "slow": 0.3},
+        ]
+        again = [{"directory": trial["directory"], "name": "second", "resume": True, **common} for trial in told]
+        codes = run_trials(tmp_path, whole, *(trial | common for trial in told), *again)
+        assert codes == [0, 0, 143, 143, 143, 143, 0, 0, 0, 0]
+        for trial in told:
+            for rank in ("", ".1"):
+                first, rest = (trace(Path(trial["directory"]), f"{name}{rank}") for name in ("first", "second"))
+                assert first + rest == trace(tmp_path / "whole", f"first{rank}")
+        assert len(steps(trace(tmp_path / "step", "first"))) in (4, 5), "the step under way and the one of asking"
+
+    def test_one_that_waits_for_a_stopped_neighbour_ends_after_its_grace(self, tmp_path: Path):
+        trial = {"directory": str(tmp_path / "run"), "name": "first", "signal": signal.SIGTERM, "after": 3, "stop": 1}
+        codes = run_trials(tmp_path, trial | {"ranks": 2, "options": self.TWO, "grace": 1})
+        assert codes == [143, -signal.SIGKILL]
+        said = (tmp_path / "run" / "first.0.log").read_text()
+        assert "ended by SIGTERM without a checkpoint: nothing moved for 1 s" in said
+
+
+class TestSlurm:
+    def test_usr1_has_the_job_queued_again_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        calls = tmp_path / "calls"
+        fake = tmp_path / "scontrol"
+        fake.write_text(f"#!/bin/sh\necho $@ >> {calls}\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        codes = []
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            with pytest.raises(SystemExit) as end, listening():
+                for _ in range(2):  # the second comes while the first is being obeyed
+                    os.kill(os.getpid(), number)
+            codes.append(end.value.code)
+        assert codes == [0, 143]
+        assert calls.read_text() == "requeue 4711\n", "SIGTERM is the end that somebody asked for"
+        monkeypatch.setenv("RANK", "1")
+        assert requeue() and calls.read_text() == "requeue 4711\n", "the first process does it for all"
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+        assert requeue() and calls.read_text().splitlines()[1:] == ["requeue 12_3"]
+
+    def test_without_slurm_or_where_it_refuses_the_code_is_that_of_the_signal(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        assert not requeue() and code_of(signal.SIGUSR1) == 143 and code_of(signal.SIGINT) == 130
+        monkeypatch.setenv("SLURM_JOB_ID", "1; rm -rf x")
+        assert not requeue()
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert not requeue(), "no scontrol"
+
+
+def test_handlers_are_as_before_afterwards():
+    before = [signal.getsignal(number) for number in HANDLED]
+    with listening() as outer, listening() as inner:
+        assert outer is inner and signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in HANDLED] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    with pytest.raises(ValueError, match="grace must be positive, got 0"):
+        Shutdown(grace=0)
