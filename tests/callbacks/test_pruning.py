@@ -10,7 +10,8 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from detseg.callbacks.pruning import PRUNED, Pruning, open_storage, was_pruned
+from detseg.callbacks.pruning import Pruning, was_pruned
+from detseg.storage import PRUNED, open_storage
 from tiny_task import TinyTask, fit
 
 
@@ -30,11 +31,7 @@ def study(tmp_path: Path, others: int) -> str:
     built = optuna.create_study(study_name="s", storage=open_storage(url), direction="maximize")
     for _ in range(others):
         space, values = {"x": FloatDistribution(0, 1)}, dict.fromkeys(range(1, 5), 0.5)
-        built.add_trial(
-            create_trial(
-                params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)}, value=0.5, intermediate_values=values
-            )
-        )
+        built.add_trial(create_trial(params={"x": 0.5}, distributions=space, value=0.5, intermediate_values=values))
     assert built.ask({"x": FloatDistribution(0, 1)}).number == others
     return url
 

@@ -181,6 +181,7 @@ def test_a_study_of_failures_names_them_and_has_no_best(in_tmp: Path, monkeypatc
         (["seed=1,2", "tune.seeds=[1,2]"], "give one of them"),
         ([LR, "tune.sampler=grid"], "has no grid"),
         ([LR, "tune.pruner=hyperband"], "choose median or none"),
+        (["model=choice(fcos_small,unet_small)"], r"different figures, val/map \(max\) and val/miou \(max\)"),
         ([LR, "sweep=lr"], "a search takes its own sweeps alone"),
     ],
 )

@@ -33,6 +33,7 @@ BESIDE = {
     "atomic": (),
     "durable": ("atomic",),
     "secrecy": (),
+    "storage": (),
     "lettering": (),
     "visualize": ("structures", "ops", "lettering", "data"),
     "predictor": ("structures", "data"),
@@ -45,7 +46,7 @@ BESIDE = {
 }
 KNOWN_BESIDE = {
     "nn": {"durable"},
-    "callbacks": {"stamp", "visualize", "lettering", "results", "atomic", "durable", "secrecy"},
+    "callbacks": {"stamp", "visualize", "lettering", "results", "atomic", "durable", "secrecy", "storage"},
     "engine": set(BESIDE),
     "cli": set(BESIDE),
 }

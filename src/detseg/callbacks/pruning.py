@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
+from detseg.storage import PRUNED, open_storage
+
 if TYPE_CHECKING:
     from optuna.study import Study
-
-PRUNED = "pruned_at"
-"""Attribute of a trial in its study: the epoch, from 1, after which it was stopped."""
 
 
 class Pruning(L.Callback):
@@ -78,18 +77,3 @@ class Pruning(L.Callback):
 def was_pruned(trainer: L.Trainer) -> bool:
     """Say whether a run was stopped because it was behind others."""
     return any(isinstance(callback, Pruning) and callback.pruned for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def open_storage(url: str) -> Any:
-    """Open Optuna's storage, creating its tables where there are none; writers wait for each other.
-
-    Raises:
-        ImportError: Optuna is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError("a search needs Optuna: pip install 'detseg[tune]'") from error
-    wait = 60  # seconds; SQLite's own 5 are short for many trials on a network disk
-    engine = {"connect_args": {"timeout": wait}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=engine)

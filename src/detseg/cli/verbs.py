@@ -105,7 +105,13 @@ def train_one(cfg: DictConfig) -> float | None:
     try:
         if hydra_cfg.mode == RunMode.MULTIRUN:
             overrides, sweep = hydra_cfg.overrides.task, Path(hydra_cfg.sweep.dir)
-            outcome = settle_trial(cfg) or run_trial(cfg, train=train, overrides=overrides, sweep=sweep)
+            outcome = run_trial(
+                cfg,
+                train=lambda trial: settle_trial(trial) or train(trial),
+                overrides=overrides,
+                sweep=sweep,
+                number=hydra_cfg.job.num,
+            )
         else:
             outcome = train(cfg)
     except MENDABLE as error:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from detseg.config import ConfigError
 
 NOTES = "fingerprints.txt"
-"""In a sweep's directory: a line per trial, ``<fingerprint> <directory>``."""
+"""In a sweep's directory: a line per trial, ``<fingerprint> <trial>``."""
 
 PLACE = "<here>"
 
@@ -39,18 +39,18 @@ def fingerprint(cfg: DictConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def register(sweep: Path, directory: str, digest: str) -> None:
+def register(sweep: Path, trial: str, digest: str) -> None:
     """Note a trial in its sweep, or refuse it because another one has the same resolved config.
 
     Trials may register from several processes at a time.
 
     Args:
         sweep: the sweep's directory.
-        directory: the trial's own, below it; registering it again changes nothing.
+        trial: what the trial is called; registering it again changes nothing.
         digest: from ``fingerprint``.
 
     Raises:
-        ConfigError: a trial in another directory has this fingerprint; names both.
+        ConfigError: another trial has this fingerprint; names both.
     """
     import fcntl
 
@@ -61,9 +61,9 @@ def register(sweep: Path, directory: str, digest: str) -> None:
         known = dict(line.rstrip("\n").split(" ", 1) for line in file if " " in line)
         twin = known.get(digest)
         if twin is None:
-            file.write(f"{digest} {directory}\n")
-        elif twin != directory:
+            file.write(f"{digest} {trial}\n")
+        elif twin != trial:
             raise ConfigError(
-                f"the trials {twin} and {directory} have the same resolved config, so they would be one run twice: "
+                f"the trials {twin} and {trial} have the same resolved config, so they would be one run twice: "
                 "what is swept is overridden elsewhere, or two of its values are equal; leave one out"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from detseg.atomic import write_atomic
-from detseg.secrecy import redact
+from detseg.secrecy import redact, veil
 
 RECORD = "trial.json"
 
@@ -72,4 +72,4 @@ class TrialRecord:
 def write_record(path: Path, record: TrialRecord) -> None:
     """Write a record whole or not at all."""
     content = {key: value for key, value in asdict(record).items() if key != "directory"}
-    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(veil(content), indent=1, allow_nan=False) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.atomic import write_atomic
-from detseg.callbacks.pruning import PRUNED, open_storage
 from detseg.config import ConfigError, load_config
 from detseg.durable import newest_valid
 from detseg.engine.pool import LOG
 from detseg.engine.space import Choice, Space, Value, read_space, typed
 from detseg.secrecy import veil_arguments
+from detseg.storage import PRUNED, open_storage
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -139,7 +140,7 @@ def _checked(request: Request) -> DictConfig:
             "nothing is searched: give some key several values, as in 'optimizer.lr=tag(log,interval(1e-4,1e-2))' or "
             "'model=choice(fcos_small,retinanet_small)'"
         )
-    wrong = [key for key in space.dimensions if key.startswith(("tune.", "paths.", "resume"))]
+    wrong = [key for key in space.dimensions if key.startswith(("tune.", "paths.", "resume", "allow", "hydra"))]
     if wrong or any(text.startswith("sweep=") for text in space.fixed):
         raise ConfigError(f"{', '.join(wrong) or 'sweep=...'} cannot be searched; a search takes its own sweeps alone")
     cfg = request.compose()
@@ -149,9 +150,18 @@ def _checked(request: Request) -> DictConfig:
         space.grid()
     if cfg.tune.pruner not in ("median", "none"):
         raise ConfigError(f"tune.pruner={cfg.tune.pruner}: choose median or none")
-    for row in _every_choice(space):
-        request.compose(typed(row))
+    _check_figures([request.compose(typed(row)) for row in _every_choice(space)])
     return cfg
+
+
+def _check_figures(trials: Sequence[DictConfig]) -> None:
+    """Raise where trials of one study would optimise different figures."""
+    figures = sorted({f"{cfg.task.monitor} ({cfg.task.mode})" for cfg in trials})
+    if len(figures) > 1 and not (trials[0].tune.monitor and trials[0].tune.mode):
+        raise ConfigError(
+            f"the choices optimise different figures, {' and '.join(figures)}, which cannot be compared: search them "
+            "apart, or set tune.monitor and tune.mode to one that all of them have, such as val/loss and min"
+        )
 
 
 def _every_choice(space: Space) -> Iterator[dict[str, Value]]:
@@ -292,6 +302,15 @@ def _sampler(settings: DictConfig, *, drawn: int, workers: int) -> Any:
     with warnings.catch_warnings():  # constant_liar: an experiment in Optuna 4, the default in 5
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=settings.startup, constant_liar=workers > 1)
+
+
+def figures_of(directory: Path) -> dict[str, float] | None:
+    """Return the figures of a run that came to its end, by name without stage; ``None`` for one that did not."""
+    path = directory / "metrics.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: math.nan if value is None else float(value) for name, value in content.items()}
 
 
 def go_on(cfg: DictConfig, directory: Path) -> None:

@@ -150,7 +150,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def run_trial(
-    cfg: DictConfig, *, train: Callable[[DictConfig], Outcome], overrides: Sequence[str], sweep: Path
+    cfg: DictConfig, *, train: Callable[[DictConfig], Outcome], overrides: Sequence[str], sweep: Path, number: int
 ) -> Outcome:
     """Train one trial of ``detseg train -m`` and record how it ended.
 
@@ -159,6 +159,7 @@ def run_trial(
         train: what trains it.
         overrides: of the trial, as composed by the sweeper.
         sweep: the sweep's directory, which holds the trial's.
+        number: of the trial in the sweep, the same when the sweep is gone on with.
 
     Raises:
         ConfigError: another trial of the sweep has the same resolved config; names both. Whatever ``train`` raises.
@@ -167,8 +168,9 @@ def run_trial(
     record = TrialRecord(
         parameters=_by_key(overrides), seed=int(cfg.seed), monitor=str(cfg.task.monitor), mode=str(cfg.task.mode)
     )
+    register(sweep, f"{number} ({directory.name})", fingerprint(cfg))
+    former = TrialRecord.read(directory)
     try:
-        register(sweep, directory.name, fingerprint(cfg))
         outcome = train(cfg)
         record = record.finished(outcome.figures, seconds=time.monotonic() - started)
     except Exception as error:
@@ -178,6 +180,8 @@ def run_trial(
         raise
     finally:
         if record.state != "running":  # a signal ends a run that can be gone on with
+            before = 0.0 if former is None else former.seconds
+            record = replace(record, seconds=round(record.seconds + before, 3))
             write_record(directory / RECORD, record)
     return outcome
 

@@ -21,8 +21,9 @@ from detseg.config import ConfigError, slug
 from detseg.engine.fingerprint import fingerprint
 from detseg.engine.pool import Objective, Order, Pool, slots, visible_gpus
 from detseg.engine.record import RECORD, TrialRecord, write_record
+from detseg.engine.resume import record as note_typed
 from detseg.engine.space import Value, typed
-from detseg.engine.study import Ledger, Request, go_on, locate, locked, plain, storage_url, whole
+from detseg.engine.study import Ledger, Request, figures_of, go_on, locate, locked, plain, storage_url, whole
 from detseg.engine.sweep import Row, Summary, conclude
 from detseg.experiment import train
 
@@ -164,9 +165,6 @@ class Search:
         except ConfigError as error:
             self._fail(number, str(error))
             return
-        if cfg.task.mode != self.mode and self.settings.mode is None:
-            self._fail(number, f"{cfg.task.monitor} is to be {cfg.task.mode}, the study's {self.monitor} {self.mode}")
-            return
         trial = self.open[number] = _Open(number=number, values=values, cfg=cfg)
         digest = fingerprint(cfg)
         twin = self.known.setdefault(digest, number)
@@ -198,14 +196,12 @@ class Search:
         """Start one run of a trial, go on with it, or take what it has come to already."""
         texts = [*typed(trial.values), *([f"seed={seed}"] if self.seeds else [])]
         directory = self.directory / slug(",".join(texts))
-        record = TrialRecord.read(directory)
-        if record is not None:  # it ended while the study was dead
-            self._settle(directory, record)
+        ended = TrialRecord.read(directory)
+        if ended is not None:  # it ended while the study was dead
+            self._settle(directory, ended)
             return
         cfg = self.request.compose(texts)
         OmegaConf.update(cfg, "paths.output_dir", str(directory))
-        go_on(cfg, directory)
-        self._add_pruning(cfg, trial.number, first=not trial.results)
         record = TrialRecord(
             parameters={text.partition("=")[0]: text.partition("=")[2] for text in typed(trial.values)},
             seed=seed,
@@ -213,6 +209,13 @@ class Search:
             mode=self.mode,
             number=trial.number,
         )
+        figures = figures_of(directory)
+        if figures is not None:  # it was killed between its figures and its record
+            self._settle(directory, record.finished(figures, seconds=0.0))
+            return
+        go_on(cfg, directory)
+        note_typed(directory, [*self.space.fixed, *texts])  # for detseg train resume=<directory>
+        self._add_pruning(cfg, trial.number, first=not trial.results)
         self.pool.start(Order(config=plain(cfg), directory=directory, record=record, objective=self.objective))
 
     def _add_pruning(self, cfg: DictConfig, number: int, *, first: bool) -> None:
