@@ -130,9 +130,10 @@ def fit(run: Run) -> None:
     from detseg.engine.explain import explained
 
     resume = run.cfg.resume
+    step = None if resume is None else read_checkpoint(resume).get("global_step")  # before another takes its name
     with explained(run):
         run.trainer.fit(run.task, datamodule=run.data, ckpt_path=resume, weights_only=True)
-    if resume is not None and read_checkpoint(resume).get("global_step") == run.trainer.global_step:
+    if resume is not None and step == run.trainer.global_step:
         log.warning("resume=%s had come to its end: nothing was trained; raise trainer.max_epochs", resume)
 
 

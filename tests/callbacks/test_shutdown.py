@@ -156,6 +156,43 @@ class TestSeveralProcesses:
         assert "ended by SIGTERM without a checkpoint: nothing moved for 1 s" in said
 
 
+@pytest.mark.slow
+def test_the_command_returns_the_code_and_goes_on_with_what_it_left(tmp_path: Path):
+    small = ["trainer=cpu", "model=unet_small", "data.image_size=64", "data.train_images=8", "data.val_images=2"]
+    quick = ["data.batch_size=2", "data.num_workers=0", "callbacks.images=null", "trainer.log_every_n_steps=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "detseg.cli.main",
+        "train",
+        *small,
+        *quick,
+        "resume=auto",
+        "trainer.max_epochs=500",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+        assert process.wait(60) == 143, said
+    finally:
+        process.kill()
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert f"told to end by SIGTERM: step {step}" in said and step >= 8
+    assert not (last.parent.parent / "metrics.json").exists()
+    done = subprocess.run(
+        [*command[:4], f"resume={last.parent.parent}", f"trainer.max_epochs={step // 4 + 1}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert torch.load(last, weights_only=True)["global_step"] == 4 * (step // 4 + 1)
+
+
 class TestSlurm:
     def test_usr1_has_the_job_queued_again_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         calls = tmp_path / "calls"

@@ -100,6 +100,20 @@ class TestGoOn:
         assert main(["train", f"resume={run}"]) == 0
         assert runs(in_tmp) == [run] and (run / "checkpoints" / "last.ckpt").exists()
 
+    def test_a_damaged_checkpoint_is_passed_over(self, in_tmp: Path, caplog: pytest.LogCaptureFixture):
+        assert main(["train", *QUICK]) == 0
+        (run,) = runs(in_tmp)
+        whole, last = steps(run), run / "checkpoints" / "last.ckpt"
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        for name in ("last.ckpt", "best.ckpt"):
+            (run / "checkpoints" / name).unlink()
+            (run / "checkpoints" / name).write_bytes(content)
+        assert main(["train", f"resume={run}"]) == 0
+        assert f"passed over: {last} is damaged" in caplog.text + (run / "train.log").read_text()
+        assert steps(run) == whole and len(whole) == 6
+        assert torch.load(last, weights_only=True)["global_step"] == 6
+
     def test_a_notebook_goes_on_too(self, in_tmp: Path):
         outcome = train(load_config(*QUICK))
         undo(outcome.directory)

@@ -7,9 +7,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from detseg.callbacks import Freeze
 from noisy_run import fit
+from noisy_run import task as make_task
 
 
 class SaveAt(Checkpoint):
@@ -61,6 +64,21 @@ def test_goes_on_bit_for_bit_from_wherever_it_was_saved(place: str, tmp_path: Pa
     whole, rest = resume_from(tmp_path, hook, count)
     assert len([line for line in whole if line.startswith(("step", "val", "epoch"))]) == 15 + 3 + 3
     assert rest == whole[len(whole) - len(rest) :]
+
+
+@pytest.mark.parametrize(
+    ("hook", "count"), [("on_train_batch_end", 4), ("on_train_epoch_end", 1), ("on_train_batch_end", 8)]
+)
+def test_goes_on_bit_for_bit_across_the_thaw(hook: str, count: int, tmp_path: Path):
+    """The body learns from the second epoch on; its five batches of the first are before, within and after."""
+    saver = SaveAt(tmp_path, hook, count)
+    whole, task, _ = fit(tmp_path, Freeze(until_epoch=1), saver)
+    rest, resumed, _ = fit(tmp_path, Freeze(until_epoch=1), resume=saver.path)
+    assert rest == whole[len(whole) - len(rest) :] and len(rest) < len(whole)
+    start = dict(make_task().model.named_parameters())
+    for name, value in task.model.named_parameters():
+        assert torch.equal(value, dict(resumed.model.named_parameters())[name])
+        assert not torch.equal(value, start[name]), f"{name} has learnt by the end"
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, tuple[str, int]]]] = {

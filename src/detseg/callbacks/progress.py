@@ -58,6 +58,10 @@ class LineProgress(ProgressBar):
         """Print nothing; Lightning calls it on every process but the first."""
         self._enabled = False
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, also of an epoch that a resumed run is in the middle of."""
+        self._started = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._started, self._validated = time.perf_counter(), False

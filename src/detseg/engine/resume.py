@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError
-from detseg.durable import newest_valid
+from detseg.durable import Damaged, check_seal, newest_valid
+from detseg.secrecy import veil_arguments
 
 if TYPE_CHECKING:
     from detseg.experiment import Outcome
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 TYPED = "overrides.json"
 RESOLVED = "resolved.yaml"
+BEFORE = "resolved.before.yaml"
+"""What a run was until it was gone on with."""
 FIGURES = "metrics.json"
 RUNNING = ".running"
 """Locked by the process that trains in a directory."""
@@ -63,7 +67,18 @@ def expand(arguments: Sequence[str], *, place: str = "hydra.run.dir") -> list[st
         return list(arguments)
     if _is_sweep(typed):
         return [*typed, f'hydra.sweep.dir="{found}"']
-    return [*_merged(recorded(found), typed), f'{place}="{found}"', f"resume={_checkpoint(found)}"]
+    before = recorded(found)
+    _check_allowed(before, typed, found)
+    return [*_merged(before, typed), f'{place}="{found}"', f"resume={_checkpoint(found)}"]
+
+
+def _check_allowed(before: Sequence[str], typed: Sequence[str], directory: Path) -> None:
+    """Refuse packages that only the run's own file allows: the directory may come from somebody else."""
+    allowed = [text for text in before if _key(text).lstrip("+") == "allow"]
+    if allowed and not any(_key(text).lstrip("+") == "allow" for text in typed):
+        raise ConfigError(
+            f"resume={directory}: that run was allowed to call more ({allowed[-1]}); if you trust it, type this again"
+        )
 
 
 def latest(typed: Sequence[str]) -> Path | None:
@@ -105,8 +120,13 @@ def record(directory: Path, typed: Sequence[str]) -> None:
 
 
 def record_run(cfg: DictConfig) -> None:
-    """Write down what a run was composed from, as far as it is known: by Hydra, or given to ``load_config``."""
+    """Write down what a run was composed from, as far as it is known: by Hydra, or given to ``load_config``.
+
+    Of a run that goes on, ``resolved.yaml`` is kept under another name.
+    """
     directory = str(cfg.paths.output_dir)
+    if goes_on(cfg) and (Path(directory) / RESOLVED).is_file():
+        shutil.copy(Path(directory) / RESOLVED, Path(directory) / BEFORE)
     typed = _composed.get(directory)
     if typed is None and HydraConfig.initialized() and HydraConfig.get().runtime.output_dir == directory:
         typed = list(HydraConfig.get().overrides.task)
@@ -159,9 +179,9 @@ def settle_trial(cfg: DictConfig) -> Outcome | None:
 
 def say_differences(cfg: DictConfig, directory: Path) -> None:
     """Log which keys of a run that goes on differ from what it was."""
-    if not (directory / RESOLVED).is_file():
+    if not (directory / BEFORE).is_file():
         return
-    before = dict(_flat(OmegaConf.to_container(OmegaConf.load(directory / RESOLVED), resolve=False)))
+    before = dict(_flat(OmegaConf.to_container(OmegaConf.load(directory / BEFORE), resolve=False)))
     after = dict(_flat(OmegaConf.to_container(cfg, resolve=True)))
     for key in sorted(before.keys() | after.keys() - {"resume"}):
         old, new = before.get(key), after.get(key)
@@ -211,10 +231,20 @@ def _checkpoint(directory: Path) -> str:
     place = directory / "checkpoints"
     newest = newest_valid(place) if place.is_dir() else None
     if newest is not None:
+        _set_aside(place)
         return f'"{newest}"'
     log.warning("%s has no checkpoint that could be read: it starts anew", directory)
     (directory / RESOLVED).unlink(missing_ok=True)
     return "null"
+
+
+def _set_aside(place: Path) -> None:
+    """Give damaged checkpoints another name, or the next writing would keep one as the last but one."""
+    for path in place.glob("*.ckpt"):
+        try:
+            check_seal(path)
+        except Damaged:
+            path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def _merged(before: Sequence[str], typed: Sequence[str]) -> list[str]:
@@ -226,7 +256,7 @@ def _merged(before: Sequence[str], typed: Sequence[str]) -> list[str]:
 def _normal(typed: Sequence[str]) -> list[str]:
     """Return overrides as they are compared: without ``resume``, a sweep's flag first."""
     kept = [text for text in typed if _key(text) != "resume" and not text.startswith(("-", "hydra."))]
-    return [*(["-m"] if _is_sweep(typed) else []), *kept]
+    return [*(["-m"] if _is_sweep(typed) else []), *veil_arguments(kept)]  # Hydra's list gives out secrets resolved
 
 
 def _is_sweep(typed: Sequence[str]) -> bool:
