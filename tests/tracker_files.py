@@ -64,7 +64,8 @@ def read_wandb(records: list[Any]) -> Values:
     for record in records:
         if record.WhichOneof("record_type") != "history":
             continue
-        row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        plain = [item for item in record.history.item if len(item.nested_key) <= 1]  # the others are parts of pictures
+        row = {(item.nested_key or [item.key])[0]: json.loads(item.value_json) for item in plain}
         step = row.pop("trainer/global_step", None)
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         found |= {(name, step): value for name, value in numbers.items() if not name.startswith("_")}

@@ -98,7 +98,7 @@ def test_wandb_has_config_pictures_curves_and_system_figures(swept: Path):
     records = offline_run(run)
     kinds = {record.WhichOneof("record_type") for record in records}
     rows = [r.history for r in records if r.WhichOneof("record_type") == "history"]
-    names = {"/".join(item.nested_key) or item.key for row in rows for item in row.item}
+    names = {(item.nested_key or [item.key])[0] for row in rows for item in row.item}
     assert {"val/pictures", "val/pr_box", "val/confusion"} <= names
     config = {u.key or "/".join(u.nested_key) for r in records for u in r.config.update}
     config |= {u.key for u in one(records, "run").config.update}
