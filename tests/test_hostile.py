@@ -348,6 +348,19 @@ class TestAllow:
         cfg = load_config(*command[1:], "allow=[ownparts]")
         assert "Mine" in {type(callback).__name__ for callback in detseg.build(cfg).trainer.callbacks}
 
+    def test_a_run_directory_cannot(self, place: Path, capsys: pytest.CaptureFixture[str]):
+        """Its overrides.json would count as typed."""
+        run = place / "runs" / "their" / "run"
+        (run / "checkpoints").mkdir(parents=True)
+        stamped(run / "checkpoints" / "last.ckpt", {"model": call("hostile_module.x")})
+        hostile = ["+callbacks.guest={_target_:hostile_module.x}", "allow=[hostile_module]"]
+        (run / "overrides.json").write_text(json.dumps([*TINY, *hostile]))
+        assert main(["train", f"resume={run}"]) == 2
+        assert "if you trust it, type this again" in capsys.readouterr().err and not canary(place)
+        (run / "overrides.json").write_text(json.dumps([*TINY, "+hydra.callbacks.x={_target_:hostile_module.x}"]))
+        assert main(["train", f"resume={run}"]) == 2
+        assert "hydra.callbacks.x" in capsys.readouterr().err and not canary(place)
+
     @pytest.mark.parametrize("name", ["os", "torch", "numpy", "hydra", "detseg"])
     def test_nobody_can_add_what_runs_anything(self, place: Path, name: str):
         cfg = load_config(*TINY, f"allow=[{name}]", "+callbacks.guest={_target_:os.mkdir,path:canary}")

@@ -169,3 +169,64 @@ class TestLogging:
         finally:
             logging.setLogRecordFactory(before[0])
             warnings.formatwarning, sys.excepthook = before[1:]
+
+
+OWN_PARTS = '''
+import logging
+import lightning as L
+
+
+class Guest(L.Callback):
+    """Gets a token, and is careless with it."""
+
+    def __init__(self, *, token, fail=False):
+        self.token, self.fail = token, fail
+
+    def on_fit_start(self, trainer, pl_module):
+        logging.getLogger("ownparts").warning("logging in with %s", self.token)
+        if self.fail:
+            raise ValueError(f"{self.token} was refused")
+'''
+
+TINY = ["trainer=cpu", "data.train_images=2", "data.val_images=2", "data.batch_size=2", "data.num_workers=0"]
+TINY += ["data.image_size=64", "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "model=unet_small"]
+
+
+def leaks(directory: Path, *secrets: str) -> list[str]:
+    """Return files and names below ``directory`` that hold a secret, byte for byte."""
+    found = []
+    for path in directory.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        found += [str(path) for text in secrets if text.encode() in content or text in path.name]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["run", "sweep"])
+def test_a_run_with_every_tracker_leaks_nothing(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch):
+    """The token comes as an interpolation, and once typed out by the shell; the callback logs it and fails with it."""
+    (tmp_path / "ownparts.py").write_text(OWN_PARTS)
+    token, typed = "tok3n-from-the-environment", "pa55word-from-the-shell"
+    secrets = {"SITE_TOKEN": token, "SITE_PASSWORD": typed, "WANDB_API_KEY": "0" * 8 + "0123456789abcdef" * 2}
+    environment = os.environ | secrets | {"WANDB_MODE": "offline", "PYTHONPATH": str(tmp_path)}
+    guest = "+callbacks.guest={_target_:ownparts.Guest,token:'${oc.env:SITE_TOKEN}',fail:FAIL}"
+    command = [sys.executable, "-m", "detseg.cli.main", "train"]
+    mine = [
+        "allow=[ownparts]",
+        "logger=[csv,tensorboard,wandb,mlflow]",
+        f"+callbacks.second={{_target_:ownparts.Guest,token:{typed}}}",
+    ]
+    outputs = []
+    for fail in ("false", "true"):
+        sweep = ["-m", "seed=1,2"] if mode == "sweep" else []
+        words = [*command, *sweep, *TINY, *mine, guest.replace("FAIL", fail)]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert (done.returncode == 0) == (fail == "false"), done.stderr[-3000:]
+        outputs.append(done.stdout + done.stderr)
+    assert leaks(tmp_path / "runs", *secrets.values()) == []
+    assert not [text for text in secrets.values() if text in "".join(outputs)]
+    assert "<SITE_TOKEN>" in outputs[0] and "<SITE_TOKEN> was refused" in outputs[1]
+    resolved = next((tmp_path / "runs").rglob("resolved.yaml")).read_text()
+    assert "${oc.env:SITE_TOKEN}" in resolved and "${oc.env:SITE_PASSWORD}" in resolved
+    kinds = {path.suffix or path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert {".ckpt", ".wandb", ".csv", ".log", ".yaml", ".json", ".db"} <= kinds

@@ -127,6 +127,12 @@ def _continued(request: Request, directory: Path) -> tuple[Request, Path]:
         raise ConfigError(
             f"resume={directory}: that study searches {' '.join(former.overrides)}; only tune.* may change in it"
         )
+    allowed = [text for text in former.overrides if text.partition("=")[0].lstrip("+") == "allow"]
+    if allowed and not request.overrides:  # the directory may come from somebody else
+        raise ConfigError(
+            f"resume={directory}: that study was allowed to call more ({allowed[-1]}); if you trust it, type its whole "
+            f"command again: {' '.join(former.overrides)}"
+        )
     merged = replace(former, settings=(*former.settings, *request.settings), finished=False)
     _checked(merged)
     return merged, directory
