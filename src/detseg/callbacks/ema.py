@@ -26,7 +26,7 @@ class EMA(WeightAveraging):
 
     A checkpoint's ``state_dict`` is the average, its ``current_model_state`` the weights that training goes on from, so
     ``resume`` is exact. Floating buffers, which are the running statistics of batch norm, are averaged like the
-    weights; integer buffers, such as batch counts, are copied.
+    weights; integer buffers, such as batch counts, are copied. The average of weights in 16 bits is in 32.
 
     Args:
         decay: weight of the old average at each step, in [0, 1).
@@ -52,6 +52,8 @@ class EMA(WeightAveraging):
         if not averaged[0].is_floating_point():  # Lightning would average batch counts and truncate them
             torch._foreach_copy_(averaged, current)
             return
+        if current[0].dtype != averaged[0].dtype:  # weights in 16 bits, in which an average would stand still
+            current = [value.to(average.dtype) for value, average in zip(current, averaged, strict=True)]
         weight = 1 - ema_decay(int(updates), decay=self.decay, warmup=self.warmup)
         torch._foreach_lerp_(averaged, current, weight)
 
