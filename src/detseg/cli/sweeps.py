@@ -72,8 +72,8 @@ def summary_table(summary: Summary) -> Table:
     seeds = any(len(row.values) > 1 for row in summary.rows)
     table = Table(title=f"trials by {summary.monitor}", title_justify="left")
     table.add_column("trial", justify="right")
-    for key in keys:
-        table.add_column(escape(key), justify="right")
+    for name in _short(keys):
+        table.add_column(escape(name), justify="right", overflow="fold")
     table.add_column("mean" if seeds else summary.monitor, justify="right")
     if seeds:
         table.add_column("spread", justify="right")
@@ -86,6 +86,12 @@ def summary_table(summary: Summary) -> Table:
     if len(summary.rows) > SHOWN:
         table.caption = f"{len(summary.rows) - SHOWN} more in the CSV file"
     return table
+
+
+def _short(keys: Sequence[str]) -> list[str]:
+    """Return the keys' last parts where those tell them apart, else the keys."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return [end if ends.count(end) == 1 else key for end, key in zip(ends, keys, strict=True)]
 
 
 def _parameter(text: str) -> str:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 FEW = 4
 """Up to so many distinct numbers have a mean each; more are fitted by a parabola."""
 
+TICKS = 6
+"""Up to so many numbers are all named on their axis."""
+
 NOMINAL_LIMIT = 12
 """Values of a key without an order that are named on its axis."""
 
@@ -149,6 +152,7 @@ class _Scale:
     def __init__(self, texts: Sequence[str], log: bool | None) -> None:
         numbers = _numbers(texts)
         self.names = sorted(set(texts)) if numbers is None else []
+        self.numbers = sorted(set(numbers or ()))
         self.log = False
         if numbers is not None:
             positive = min(numbers) > 0
@@ -167,6 +171,8 @@ class _Scale:
         if self.names:
             shown = self.names[:: max(1, len(self.names) // NOMINAL_LIMIT)]
             return [(self(name), name if len(name) <= 24 else f"{name[:23]}…") for name in shown]
+        if len(self.numbers) <= TICKS:
+            return [(self(repr(number)), f"{number:.4g}") for number in self.numbers]
         places = [self.low + share * (self.high - self.low) for share in (0, 0.25, 0.5, 0.75, 1)]
         return [(i / 4, f"{10**place if self.log else place:.3g}") for i, place in enumerate(places)]
 
