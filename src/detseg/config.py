@@ -294,18 +294,37 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
             callback.config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     if cfg.trainer.enable_progress_bar is None:  # Lightning would bring its own where none is asked for
         cfg.trainer.enable_progress_bar = any(isinstance(callback, ProgressBar) for callback in parts["callbacks"])
+    own_precision = _precision(cfg)
     try:
         trainer: L.Trainer = instantiate(
-            cfg.trainer,
+            OmegaConf.merge(cfg.trainer, {"precision": None}) if own_precision else cfg.trainer,
             allow=allow,
             path="trainer",
             callbacks=parts["callbacks"],
             logger=parts["logger"] or False,
-            plugins=[DurableIO()],
+            plugins=[DurableIO(), *own_precision],
         )
     except MisconfigurationException as error:  # such as a GPU that is not there
         raise ConfigError(f"trainer: {error}") from error
     return trainer
+
+
+def _precision(cfg: DictConfig) -> list[Any]:
+    """Return our own plugin in the place of Lightning's, which would round the boxes, for weights in 16 bits.
+
+    Raises:
+        ConfigError: the weights would be in float16.
+    """
+    if cfg.trainer.precision == "16-true":
+        raise ConfigError("trainer.precision=16-true loses small gradients; choose bf16-true or 16-mixed")
+    if cfg.trainer.precision != "bf16-true":
+        return []
+    import torch
+
+    from detseg.engine.half import HalfWeights
+
+    gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
+    return [HalfWeights(device="cuda" if gpu else "cpu")]
 
 
 def register_resolvers() -> None:

@@ -57,9 +57,11 @@ def explain(
         key, _, value = text.lstrip("+~").partition("=")
         group = key.partition("@")[0]
         if group in groups and value not in ("null", ""):
-            unknown = [name for name in value.split(",") if name not in groups[group]]
+            listed = value.startswith("[")  # as in callbacks=[default,ema]; without brackets a sweep
+            names = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+            unknown = [name for name in names if name not in groups[group]]
             faults += [_unknown_choice(group, name, groups[group]) for name in unknown]
-            if not unknown and "," not in value:
+            if not unknown and (listed or "," not in value):
                 choices.append(text)
         elif group not in groups:
             values.append(text)
