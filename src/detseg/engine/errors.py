@@ -20,11 +20,12 @@ class WorkerFailed(ChildProcessError):
         code: exit code of that process, which the command passes on.
         kind: name of the error's class there, such as ``"ConfigError"``; empty where a signal ended it.
         follows: whether it only lost its connection to a process that had failed before.
+        trace: where the error arose in that process; empty where a user can mend it.
     """
 
-    def __init__(self, message: str, *, code: int = 1, kind: str = "", follows: bool = False) -> None:
+    def __init__(self, message: str, *, code: int = 1, kind: str = "", follows: bool = False, trace: str = "") -> None:
         super().__init__(message)
-        self.code, self.kind, self.follows = code, kind, follows
+        self.code, self.kind, self.follows, self.trace = code, kind, follows, trace
 
 
 def said(error: BaseException) -> str:

@@ -71,6 +71,7 @@ def launch_here(config: Path, wanted: Plan) -> Outcome:
         code = attend(agent_command(wanted, config, meeting), environment(wanted, place), place, workers=wanted.local)
         problem = trouble(place, code)
         if problem is not None:
+            tell(problem)
             raise problem
         return outcome_of(desk.take("outcome.json", place))
 
@@ -201,6 +202,13 @@ def trouble(place: Path, code: int) -> WorkerFailed | SystemExit | None:
     return None if code == 0 and notes else failure(notes, desk.take("agent.json", place) or {}, code)
 
 
+def tell(problem: WorkerFailed | SystemExit) -> None:
+    """Print where an error arose, if it is none that a user can mend."""
+    trace = getattr(problem, "trace", "")
+    if trace:
+        print(trace, file=sys.stderr)
+
+
 def outcome_of(left: Mapping[str, Any]) -> Outcome:
     """Return the outcome that the first worker put down."""
     paths = {key: left[key] for key in PATHS}
@@ -233,7 +241,9 @@ def failure(notes: list[dict[str, Any]], report: Mapping[str, Any], code: int) -
     if failed:
         first = failed[0]
         said = f"rank {first['rank']}: {first['message']}"
-        return WorkerFailed(said, code=first["code"], kind=first["kind"], follows=_lost_peer(first))
+        return WorkerFailed(
+            said, code=first["code"], kind=first["kind"], follows=_lost_peer(first), trace=first["trace"]
+        )
     for item in report.get("failures", []):
         return WorkerFailed(f"rank {item['rank']} (process {item['pid']}) ended with {item['code']}", code=item["code"])
     return WorkerFailed(f"the workers did not start: {report.get('error', f'the agent ended with {code}')}", code=1)

@@ -76,9 +76,11 @@ class Meeting:
         """Return what somebody put under ``name``, or ``None`` after so many seconds, or where the first is gone."""
         end = time.monotonic() + seconds
         with suppress(RuntimeError):  # torch's errors about a connection
-            while time.monotonic() < end:
+            while True:
                 if self.has(name):
                     return json.loads(self.store.get(f"{self.trial}/{name}"))
+                if time.monotonic() > end or "sign of life" in self.failed:
+                    return None
                 time.sleep(0.1)
         return None
 
@@ -249,10 +251,12 @@ def discard(directory: Path) -> None:
     It holds what was composed here, which was not what ran. Anything else in it stays.
     """
     shutil.rmtree(directory / ".hydra", ignore_errors=True)
-    for path in (directory / "train.log", directory.parent / "multirun.yaml"):
-        alone = path.parent == directory or set(path.parent.iterdir()) <= {path, directory}
-        if path.is_file() and alone:
-            path.unlink()
+    for name in ("train.log", "overrides.json"):
+        (directory / name).unlink(missing_ok=True)
+    sweep = {directory.parent / name for name in ("multirun.yaml", "overrides.json")}
+    if set(directory.parent.iterdir()) <= {*sweep, directory}:
+        for path in sweep:
+            path.unlink(missing_ok=True)
     for folder in (directory, directory.parent):
         with suppress(OSError):  # not empty
             folder.rmdir()

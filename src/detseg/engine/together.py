@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from detseg.engine import desk
 from detseg.engine.errors import WorkerFailed
-from detseg.engine.launch import agent_command, attend, environment, outcome_of, trouble
+from detseg.engine.launch import agent_command, attend, environment, outcome_of, tell, trouble
 from detseg.engine.meeting import (
     WAIT,
     Meeting,
@@ -57,6 +57,7 @@ def lead(config: Path, wanted: Plan, meeting: Meeting) -> Outcome:
         problem, left = share(meeting, wanted, config, Path(name))
     if isinstance(problem, WorkerFailed):
         problem = first_failure(meeting, problem)
+        tell(problem)
     meeting.put("end", {"outcome": left, "problem": None if problem is None else _plain(problem)})
     _wait_for_goodbyes(meeting)
     if problem is not None:
@@ -124,22 +125,29 @@ def first_failure(meeting: Meeting, own: WorkerFailed) -> WorkerFailed:
         return own
     end = time.monotonic() + PARTING
     for node in range(1, meeting.nodes):
+        if meeting.failed:
+            break
         found = meeting.take(f"failed/{node}", max(0.2, end - time.monotonic()))
         if found is not None and not found["follows"]:
-            return WorkerFailed(f"machine {node}, {found['message']}", code=found["code"], kind=found["kind"])
-    return own
+            own = WorkerFailed(f"machine {node}, {found['message']}", code=found["code"], kind=found["kind"])
+            own.trace = found["trace"]
+            return own
+    return WorkerFailed(f"{meeting.failed}; all processes of the run were ended") if meeting.failed else own
 
 
 def _wait_for_goodbyes(meeting: Meeting) -> None:
     end = time.monotonic() + PARTING
-    while int(meeting.store.add(f"{meeting.trial}/goodbye", 0)) < meeting.nodes - 1 and time.monotonic() < end:
+    while int(meeting.store.add(f"{meeting.trial}/goodbye", 0)) < meeting.nodes - 1:
+        if time.monotonic() > end or "sign of life" in meeting.failed:
+            break
         time.sleep(0.1)
 
 
 def _plain(problem: WorkerFailed | SystemExit) -> dict[str, Any]:
     if isinstance(problem, SystemExit):
-        return {"message": "", "code": problem.code, "kind": "SystemExit", "follows": False}
-    return {"message": str(problem), "code": problem.code, "kind": problem.kind, "follows": problem.follows}
+        return {"message": "", "code": problem.code, "kind": "SystemExit", "follows": False, "trace": ""}
+    own = {"message": str(problem), "code": problem.code, "kind": problem.kind}
+    return {**own, "follows": problem.follows, "trace": problem.trace}
 
 
 def _problem(plain: dict[str, Any]) -> WorkerFailed | SystemExit:

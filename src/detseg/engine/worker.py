@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: Path, rank: int) -> dict[str, Any]:
-    """Train; return exit code, kind of error, message, and whether the run was ended before its time."""
+    """Train; return exit code, kind of error, message, where it arose, and whether the run was told to end."""
     from detseg.config import register_resolvers
     from detseg.experiment import train_here
 
@@ -70,18 +70,25 @@ def run(config: Path, rank: int) -> dict[str, Any]:
     try:
         outcome = train_here(cast(DictConfig, OmegaConf.load(config)))
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(bool(end.code))
-        return {"code": code, "kind": "", "message": "" if isinstance(end.code, int) else str(end.code), "ended": True}
+        if isinstance(end.code, int):
+            return _note(end.code, ended=True)
+        return _note(int(bool(end.code)), message=str(end.code or ""), ended=True)
     except KeyboardInterrupt:
-        return {"code": 128 + signal.SIGINT, "kind": "", "message": "interrupted", "ended": True}
+        return _note(128 + signal.SIGINT, message="interrupted", ended=True)
     except Exception as error:
-        if not isinstance(error, MENDABLE) or os.environ.get("DETSEG_DEBUG"):
-            print(redact(traceback.format_exc()), file=sys.stderr)
-        return {"code": exit_code(error), "kind": type(error).__name__, "message": said(error), "ended": False}
+        plain = isinstance(error, MENDABLE) and not os.environ.get("DETSEG_DEBUG")
+        trace = "" if plain else redact(traceback.format_exc())  # the launcher prints that of the first failure alone
+        if desk.DESK not in os.environ:
+            print(trace, file=sys.stderr)
+        return _note(exit_code(error), kind=type(error).__name__, message=said(error), trace=trace)
     if rank == 0:
         desk.put("outcome.json", plain_outcome(outcome))
     leave_group()
-    return {"code": 0, "kind": "", "message": "", "ended": False}
+    return _note(0)
+
+
+def _note(code: int, *, kind: str = "", message: str = "", ended: bool = False, trace: str = "") -> dict[str, Any]:
+    return {"code": code, "kind": kind, "message": message, "ended": ended, "trace": trace}
 
 
 PATHS = ("directory", "checkpoint", "files")
