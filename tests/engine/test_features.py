@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,22 @@ class TestPrecision:
     def test_float16_weights_are_refused(self, in_tmp: Path):
         with pytest.raises(ConfigError, match="16-true loses small gradients; choose bf16-true"):
             detseg.build(detseg.load_config(*TINY, "trainer.precision=16-true"))
+
+
+@pytest.mark.slow
+def test_two_processes_freeze_average_and_accumulate(in_tmp: Path):
+    """The body is bitwise as it was built, norms' statistics too, the head is not, and the guard has no complaint."""
+    tiny = [text for text in TINY if not text.startswith(("trainer=", "callbacks=", "trainer.max_epochs"))]
+    features = "features=[freeze,ema,accumulate]"
+    quick = ["trainer=ddp_cpu", "trainer.max_epochs=1", "callbacks.images=null", "evaluate_after=false"]
+    command = [sys.executable, "-m", "detseg.cli.main", "train", *tiny, *quick, features]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=in_tmp)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (last,) = in_tmp.rglob("last.ckpt")
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == 1  # 8 images: two batches of two for each process, together one step
+    built = detseg.build(detseg.load_config(*TINY)).task.model.state_dict()
+    same = {name: torch.equal(value, saved["current_model_state"][f"model.{name}"]) for name, value in built.items()}
+    body = [equal for name, equal in same.items() if name.startswith("backbone.body.")]
+    assert len(body) > 20 and all(body) and not any(equal for name, equal in same.items() if "head" in name)
+    assert "no gradient" not in done.stdout + done.stderr
