@@ -136,6 +136,7 @@ def test_names_of_learning_rates():
 def test_means_are_weighted_by_images_and_start_anew():
     row = MeanRow()
     row.add({"loss": torch.tensor(1.0), "n": torch.tensor(2)}, images=3)
+    row.add({"loss": torch.tensor(float("nan"))}, images=0)
     row.add({"loss": torch.tensor(5.0), "n": torch.tensor(4)}, images=1)
     row.add({"other": torch.tensor(7.0), "loss": torch.tensor(2.0)}, images=4)
     assert row.take() == {"loss": (3 + 5 + 8) / 8, "n": 2.5, "other": 7.0}

@@ -49,8 +49,8 @@ class CocoAP(SceneMetric):
     ``compute`` gives float64 scalars ``map, map_50, map_75, map_small, map_medium, map_large``, ``mar_1, mar_10,
     mar_100`` (one per limit), ``mar_small, mar_medium, mar_large``; tensors ``map_per_class, map_50_per_class,
     mar_100_per_class`` ``(K,)``; the curves ``precision_50`` and ``precision_75``, ``(K, 101)`` interpolated precision
-    at recall 0, 0.01, ..., 1 and IoU 0.5 and 0.75; and the numbers of objects behind them, ``count, count_small, count_medium,
-    count_large`` and ``count_per_class``. Figures that rest on no object are NaN.
+    at recall 0, 0.01, ..., 1 and IoU 0.5 and 0.75; and the numbers of objects behind them, ``count, count_small,
+    count_medium, count_large`` and ``count_per_class``. Figures that rest on no object are NaN.
 
     Args:
         iou_type: ``"bbox"`` or ``"segm"``. For masks, IoUs are taken in ``update`` and no mask is kept.

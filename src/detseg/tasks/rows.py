@@ -149,7 +149,9 @@ class MeanRow:
         self._sums: dict[tuple[str, ...], tuple[Tensor, float]] = {}
 
     def add(self, figures: Mapping[str, Tensor], images: int) -> None:
-        """Add one batch's figures; ``images`` is its weight."""
+        """Add one batch's figures; ``images`` is its weight, and a batch of none says nothing."""
+        if images == 0:
+            return
         names = tuple(figures)
         first = figures[names[0]]
         kind = torch.float32 if first.device.type == "mps" else torch.float64
