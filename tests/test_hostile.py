@@ -341,11 +341,11 @@ class TestAllow:
         assert "comes from a file" in said and "type allow=[hostile_module]" in said and not canary(place)
 
     def test_the_command_line_can(self, place: Path, capsys: pytest.CaptureFixture[str]):
-        (place / "ownparts.py").write_text("from lightning import Callback\n\nclass Mine(Callback):\n    pass\n")
-        command = ["train", "+callbacks.mine={_target_:ownparts.Mine}", *TINY, "trainer.max_epochs=1"]
+        (place / "guestparts.py").write_text("from lightning import Callback\n\nclass Mine(Callback):\n    pass\n")
+        command = ["train", "+callbacks.mine={_target_:guestparts.Mine}", *TINY, "trainer.max_epochs=1"]
         assert main([*command, "trainer.limit_train_batches=1", "evaluate_after=false"]) == 2
         assert "allow=[mypackage]" in capsys.readouterr().err
-        cfg = load_config(*command[1:], "allow=[ownparts]")
+        cfg = load_config(*command[1:], "allow=[guestparts]")
         assert "Mine" in {type(callback).__name__ for callback in detseg.build(cfg).trainer.callbacks}
 
     def test_a_run_directory_cannot(self, place: Path, capsys: pytest.CaptureFixture[str]):
