@@ -49,7 +49,7 @@ class Position:
         epoch, batch = place(trainer)
         due = validation_due(trainer, epoch=epoch, batch=batch)
         waiting = accumulating(trainer, batch)
-        counted = batch == 0 or loop.epoch_loop.batch_progress.current.ready > batch  # Lightning counts after the validation
+        counted = batch == 0 or loop.epoch_loop.batch_progress.current.ready > batch  # after the validation
         return {
             "epoch": epoch,
             "batch": batch,
