@@ -166,7 +166,7 @@ def address(place: str) -> tuple[str, int]:
     if not host or not port.isdigit():
         raise ConfigError(
             f"rdzv={place or 'null'}: several machines need host:port where they meet, an address of one of them and a "
-            "port that is free there, such as rdzv=10.0.0.1:29400"
+            "port that is free there, such as rdzv=node1:29400"
         )
     return host.strip("[]"), int(port)
 
