@@ -148,7 +148,7 @@ def test_sigterm_reaches_the_workers_which_save(tmp_path: Path):
 
 
 def namespaces(prefix: str) -> None:
-    """Make two network namespaces with a cable between them: 10.199.0.1 and 10.199.0.2."""
+    """Make two network namespaces with a cable between them: 192.0.2.1 and 192.0.2.2."""
     for number in (1, 2):
         subprocess.run(["ip", "netns", "add", f"{prefix}{number}"], check=True, capture_output=True)
     ends = [f"{prefix}v1", "type", "veth", "peer", "name", f"{prefix}v2"]
@@ -157,7 +157,7 @@ def namespaces(prefix: str) -> None:
         space, end = f"{prefix}{number}", f"{prefix}v{number}"
         subprocess.run(["ip", "link", "set", end, "netns", space], check=True)
         inside = ["ip", "-n", space]
-        subprocess.run([*inside, "addr", "add", f"10.199.0.{number}/24", "dev", end], check=True)
+        subprocess.run([*inside, "addr", "add", f"192.0.2.{number}/24", "dev", end], check=True)
         for name in (end, "lo"):
             subprocess.run([*inside, "link", "set", name, "up"], check=True)
 
@@ -183,7 +183,7 @@ def _remove(prefix: str) -> None:
 
 def test_two_hosts_train_one_model_through_the_rendezvous(tmp_path: Path, hosts: list[list[str]]):
     """Each in a network of its own, joined by a cable; the same command on both, the second one first."""
-    meeting = ["launcher=torchrun", "nodes=2", "rdzv=10.199.0.1:29400", "trainer=ddp_cpu", "trainer.devices=1"]
+    meeting = ["launcher=torchrun", "nodes=2", "rdzv=192.0.2.1:29400", "trainer=ddp_cpu", "trainer.devices=1"]
     command = [DETSEG, "train", *TINY, *meeting, "name=hosts"]
     with started([*hosts[1], *command], tmp_path, name="b") as second:
         time.sleep(1)

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -104,9 +104,21 @@ def parameters(options: DictConfig, wanted: Plan, *, name: str, gpu: bool) -> di
         "exclude": options.exclude,
         "setup": list(options.setup) or None,
         # USR1 by name: submitit reads its variable when it is imported, which may have been before.
-        "additional_parameters": {"signal": f"{SIGNAL}@{options.signal_delay}", **dict(options.additional)},
+        "additional_parameters": {"signal": f"{SIGNAL}@{options.signal_delay}", **_pairs(options.additional)},
     }
     return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _pairs(options: Sequence[str]) -> dict[str, str]:
+    """Return ``name=value`` strings as a dict.
+
+    Raises:
+        ConfigError: one has no ``=``.
+    """
+    for text in options:
+        if "=" not in text:
+            raise ConfigError(f"slurm.additional: {text!r} is not name=value, such as gres=tmp:9")
+    return {name: value for name, _, value in (text.partition("=") for text in options)}
 
 
 def run_node(config: str, local: int, nodes: int) -> dict[str, Any]:
