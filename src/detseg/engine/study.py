@@ -300,7 +300,7 @@ def _sampler(settings: DictConfig, *, drawn: int, workers: int) -> Any:
     """Build the sampler; its seed moves on with the trials, or a resumed study would draw its first ones again."""
     import optuna
 
-    seed = int(settings.seed) * 1_000_003 + drawn
+    seed = (int(settings.seed) * 1_000_003 + drawn) % 2**32  # NumPy takes no larger one
     if settings.sampler in ("random", "grid"):
         return optuna.samplers.RandomSampler(seed=seed)
     if settings.sampler != "tpe":

@@ -200,7 +200,7 @@ class Search:
         if ended is not None:  # it ended while the study was dead
             self._settle(directory, ended)
             return
-        cfg = self.request.compose(texts)
+        cfg = self.request.compose(texts) if trial.results else trial.cfg  # that of the first seed
         OmegaConf.update(cfg, "paths.output_dir", str(directory))
         record = TrialRecord(
             parameters={text.partition("=")[0]: text.partition("=")[2] for text in typed(trial.values)},
