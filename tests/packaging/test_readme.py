@@ -8,11 +8,13 @@ import shlex
 import pytest
 
 import detseg
+from detseg.cli.main import VERBS
+from detseg.engine.space import read_space
 from shared import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("detseg train")]
 EXPERIMENTS = {path.stem for path in (REPO / "conf" / "experiment").glob("*.yaml")}
 
@@ -35,7 +37,21 @@ def test_there_are_commands_for_everything():
     for choice in ("coco", "voc", "yolo", "masks"):
         assert f"data={choice} " in text
     verbs = {line.split()[1] for line in LINES if line.startswith("detseg ")}
-    assert verbs == {"train", "evaluate", "predict"}
+    assert verbs == set(VERBS)
+
+
+def test_searches_have_a_space_and_compose():
+    searches = [line for line in LINES if line.startswith("detseg tune") and "..." not in line]
+    assert len(searches) >= 2
+    for line in searches:
+        space = read_space([word for word in shlex.split(line)[2:] if "=" in word])
+        assert space.dimensions
+        assert detseg.load_config(*space.fixed, name="tune").tune.trials == 20
+
+
+def test_features_have_a_row_each():
+    named = set(re.findall(r"`(\w+)`", README.partition("## Training features")[2].partition("\n## ")[0]))
+    assert {path.stem for path in (REPO / "conf" / "features").glob("*.yaml")} <= named
 
 
 def test_every_model_and_experiment_has_a_row():
