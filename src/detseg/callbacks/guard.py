@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from detseg.callbacks.replay_file import Seen, gather_windows, write_replay
 from detseg.data.module import DetectionData
 from detseg.structures import Batch, Target
+from detseg.tasks.processes import gather
 
 log = logging.getLogger(__name__)
 
@@ -252,10 +253,7 @@ def _agree(window: list[Seen], norm: float, world_size: int, rank: int) -> Verdi
     bad = [seen for seen in window if seen.loss is not None and not bool(seen.loss.isfinite())]
     guilty = bad[:1] or window
     own = {"rank": rank, "bad": bool(bad), "loss": ", ".join(map(_loss, guilty)), "images": _names(guilty)}
-    found: list[dict[str, Any]] = [own]
-    if world_size > 1:
-        found = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(found, own)
+    found: list[dict[str, Any]] = gather(own)
     spoilt = any(one["bad"] for one in found)
     named = [one for one in found if one["bad"]] if spoilt else found
     suffix = "" if world_size == 1 else " on rank {rank}"

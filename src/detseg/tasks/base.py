@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,13 @@ from torchmetrics import Metric
 
 from detseg.structures import Batch, Detections, SemanticMap, Target
 from detseg.tasks.buffers import share_buffers
-from detseg.tasks.groups import parameter_groups, peak_rate
+from detseg.tasks.groups import choose_rates, chosen_rates, parameter_groups, peak_rate
 from detseg.tasks.guarding import StepGuard, clip_gradients
 from detseg.tasks.position import POSITION, Position
+from detseg.tasks.processes import world_size
 from detseg.tasks.rows import MeanRow, TrainRow
+
+log = logging.getLogger(__name__)
 
 Prediction = Detections | SemanticMap
 
@@ -98,6 +102,7 @@ class Task(L.LightningModule):
         """Stage ("val", "test") -> every figure and count of its last epoch by name without stage; NaN is n/a."""
         self.tables: dict[str, dict[str, Mapping[str, Tensor]]] = {}
         """Stage -> what each metric computed last, by the metric's name: curves and confusion matrices for pictures."""
+        self._chosen: list[dict[str, float]] | None = None
         self.train_row = TrainRow()
         self.mean_rows = {"val": MeanRow(), "test": MeanRow()}
         self.meters = nn.ModuleDict(
@@ -164,10 +169,10 @@ class Task(L.LightningModule):
         outputs = self.model(self._images(batch), batch.sizes, batch.targets)
         terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()
-        logging = (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0
-        if self.guard is None and (logging or loss.device.type == "cpu"):
+        due = (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0
+        if self.guard is None and (due or loss.device.type == "cpu"):
             self._check_finite(loss, terms, batch)
-        if logging:
+        if due:
             figures = {"loss": loss, **terms, **self._diagnose(outputs, batch)}
             self.train_row.add(self.trainer, {f"train/{name}": value for name, value in figures.items()})
         return loss if self.guard is None else self.guard.follow(loss, terms)
@@ -215,7 +220,7 @@ class Task(L.LightningModule):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             # Two-stage losses sample: the same samples whatever ran before, and training is none the wiser. An image
             # that is a batch of its own has the same number on every count of processes.
-            torch.manual_seed(batch_index * self.trainer.world_size + self.global_rank)
+            torch.manual_seed(batch_index * world_size() + self.global_rank)
             outputs = self.model(self._images(batch), batch.sizes, batch.targets)
             terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         figures = {"loss": torch.stack(list(terms.values())).sum(), **terms, **self._diagnose(outputs, batch)}
@@ -284,13 +289,19 @@ class Task(L.LightningModule):
         self.position.load(self, checkpoint)
 
     def on_train_start(self) -> None:
-        """Let a resumed run go on with the figures and the random numbers of the one before.
+        """Let a resumed run go on with the figures and random numbers of the one before, at its config's rates.
 
         Raises:
             ValueError: the checkpoint is from within an epoch, and the batches are not the same ones.
         """
         self.position.restore(self)
         self.train_row.start(self.trainer)
+        if self._chosen is not None:
+            schedules = [entry.scheduler for entry in self.trainer.lr_scheduler_configs]
+            changed = choose_rates(self.trainer.optimizers[0], schedules, self._chosen)
+            if changed and self.trainer.is_global_zero:
+                more = f" and {len(changed) - 3} groups more" if len(changed) > 3 else ""
+                log.warning("going on with %s%s, as the config says", "; ".join(changed[:3]), more)
 
     # Optimisation
 
@@ -314,9 +325,11 @@ class Task(L.LightningModule):
         """Return the optimiser over ``parameter_groups``, and the schedule, which steps with it."""
         optimizer = self.optimizer(self.parameter_groups())
         if self.scheduler is None:
+            self._chosen = chosen_rates(optimizer)
             return optimizer
         total = max(1, int(self.trainer.estimated_stepping_batches))
         scheduler = self.scheduler(optimizer, total_steps=total)
+        self._chosen = chosen_rates(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import distributed, nn
 
+from detseg.tasks.processes import world_size
+
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
@@ -13,6 +15,6 @@ def share_buffers(model: nn.Module) -> None:
     Each process moves the means of its batch norms by its own images; measured with those, no checkpoint would have the
     figures. Without other processes nothing happens.
     """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, src=0)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from detseg.tasks.processes import gather
 
 if TYPE_CHECKING:
     from detseg.tasks.base import Task
@@ -201,15 +202,6 @@ def set_gradients(task: L.LightningModule, values: Mapping[str, Tensor]) -> None
     for name, parameter in task.named_parameters():
         if name in values:
             parameter.grad = values[name].to(parameter.device)
-
-
-def gather(value: Any) -> list[Any]:
-    """Return the value of every process, in the order of their ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def accumulating(trainer: L.Trainer, batch: int) -> bool:

@@ -12,8 +12,10 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim import Optimizer
+
+from detseg.tasks.processes import gather
 
 
 @dataclass
@@ -103,7 +105,13 @@ class TrainRow:
         return Pending(self._step, epoch, self._names, values, self._rates, arrived)
 
     def start(self, trainer: L.Trainer) -> None:
-        """Let loggers with files of an earlier start forget what lies past the step that training goes on from."""
+        """Let loggers with files of an earlier start forget what lies past the step that training goes on from.
+
+        Epochs with fewer steps than ``log_every_n_steps`` get a row each, of their last step.
+        """
+        steps = -(-trainer.num_training_batches // max(1, trainer.accumulate_grad_batches))
+        if 0 < steps < cast(Any, trainer).log_every_n_steps:  # infinite batches make NaN, which is neither
+            cast(Any, trainer).log_every_n_steps = int(steps)
         for logger in trainer.loggers:
             begin_at = getattr(logger, "begin_at", None)
             if begin_at is not None:
@@ -169,10 +177,7 @@ class MeanRow:
                 before = mine.get(name, (0.0, 0.0))
                 mine[name] = (before[0] + value, before[1] + weight)
         self._sums = {}
-        shares = [mine]
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            shares = [{} for _ in range(distributed.get_world_size())]
-            distributed.all_gather_object(shares, mine)
+        shares = gather(mine)
         seen = dict.fromkeys(name for share in shares for name in share)
         found = {name: [share[name] for share in shares if name in share] for name in seen}
         return {name: sum(v for v, _ in pairs) / sum(w for _, w in pairs) for name, pairs in found.items()}
