@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -15,10 +16,16 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from detseg.atomic import write_atomic
 from detseg.config import ConfigError, Run, build, build_trainer
 from detseg.secrecy import keep_secrets, veil
 
 log = logging.getLogger(__name__)
+
+FIGURES = "metrics.json"
+"""In a run's directory: its figures, and the mark of a run that came to its end."""
+
+ENVIRONMENT = "environment.json"
 
 
 @dataclass
@@ -59,12 +66,11 @@ def train(cfg: DictConfig) -> Outcome:
     """
     from detseg.engine.launch import launch
     from detseg.engine.plan import launches
-    from detseg.engine.resume import record_run
+    from detseg.engine.resume import attempt
 
     check_start(cfg)
-    if is_first_process():
-        record_run(cfg)
-    return launch(cfg) if launches(cfg) else train_here(cfg)
+    with attempt(cfg) if is_first_process() else nullcontext():
+        return launch(cfg) if launches(cfg) else train_here(cfg)
 
 
 def train_here(cfg: DictConfig) -> Outcome:
@@ -116,7 +122,7 @@ def begin(run: Run) -> None:
         if goes_on(run.cfg):
             log.info("going on from %s", run.cfg.resume)
             say_differences(run.cfg, directory)
-            (directory / "metrics.json").unlink(missing_ok=True)  # which marks a run that came to its end
+            (directory / FIGURES).unlink(missing_ok=True)
         write_run_files(run.cfg, directory)
         log.info(describe(run))
         said = rate_line(run.cfg)
@@ -147,14 +153,14 @@ def finish(run: Run) -> Outcome:
         measure(run, best)
     figures = run.task.results.get("val", {})
     if is_first_process():
-        write_json(directory / "metrics.json", figures)
+        write_json(directory / FIGURES, figures)
     return Outcome(
         directory=directory,
         figures=figures,
         monitor=run.task.monitor.partition("/")[2],
         class_names=run.task.class_names,
         checkpoint=best,
-        files=[path for path in (directory / "pictures", directory / "metrics.json") if path.exists()],
+        files=[path for path in (directory / "pictures", directory / FIGURES) if path.exists()],
     )
 
 
@@ -213,16 +219,13 @@ def measure(run: Run, checkpoint: Path) -> None:
 
 def write_run_files(cfg: DictConfig, directory: Path) -> None:
     """Write what a run was: ``resolved.yaml`` and ``environment.json`` (versions, platform, git commit, command)."""
-    from detseg.engine.plan import write_atomically
-
-    directory.mkdir(parents=True, exist_ok=True)
     told = OmegaConf.create(veil(OmegaConf.to_container(cfg, resolve=True)))
-    write_atomically(directory / "resolved.yaml", OmegaConf.to_yaml(told))  # other ranks may read it now
-    write_json(directory / "environment.json", environment())
+    write_atomic(directory / "resolved.yaml", OmegaConf.to_yaml(told))  # other ranks may read it now
+    write_json(directory / ENVIRONMENT, environment())
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, platform, threads, git commit and command line of this process."""
+    """Return versions, platform, threads, git commit, command line and Slurm job of this process."""
     import torch
 
     from detseg.stamp import git_commit, versions
@@ -234,14 +237,23 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
         "command": sys.argv,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON without secrets; NaN, which JSON does not know, becomes ``null``. Returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(veil(content)), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON without secrets, whole; NaN, which JSON does not know, becomes ``null``. Returns the path."""
+    write_atomic(path, json.dumps(_without_nan(veil(content)), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def read_figures(directory: Path) -> dict[str, float] | None:
+    """Return the figures of a run that came to its end, by name without stage; ``None`` for one that did not."""
+    path = directory / FIGURES
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: math.nan if value is None else float(value) for name, value in content.items()}
 
 
 def _without_nan(value: Any) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from detseg.cli.main import main
 from detseg.config import ConfigError, load_config
-from detseg.engine.resume import held, is_running
-from detseg.experiment import train
+from detseg.engine.resume import held, is_running, requeued
+from detseg.experiment import train, train_here
 
 QUICK = [
     "trainer=cpu",
@@ -120,6 +121,39 @@ class TestGoOn:
         again = train(load_config(f"resume={outcome.directory}"))
         assert again.directory == outcome.directory
         assert again.figures["miou"] == pytest.approx(outcome.figures["miou"], abs=0)
+
+    def test_a_job_that_slurm_started_again_goes_on_with_its_own_run(
+        self, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ):
+        """The same command is typed again, without ``resume``."""
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        assert main(["train", *QUICK]) == 0
+        (run,) = runs(in_tmp)
+        whole = steps(run)
+        undo(run)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setenv("SLURM_JOB_ID", "4712")
+        assert main(["train", *QUICK]) == 0
+        assert len(runs(in_tmp)) == 2 and not (run / "metrics.json").exists(), "it is another job's"
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        assert main(["train", *QUICK]) == 0
+        assert len(runs(in_tmp)) == 2 and steps(run) == whole
+        assert f"started again by Slurm: going on in {run.relative_to(in_tmp)}" in "".join(capfd.readouterr())
+
+    def test_a_submitted_config_goes_on_in_a_job_that_slurm_started_again(
+        self, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """``launcher=slurm``: nobody types anything, the workers read ``resolved.yaml`` once more."""
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        run = train(load_config(*QUICK)).directory
+        whole = steps(run)
+        undo(run)
+        cfg = OmegaConf.load(run / "resolved.yaml")
+        assert isinstance(cfg, DictConfig) and requeued(cfg) is cfg, "a first start"
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        assert requeued(cfg).resume == str(run / "checkpoints" / "last-1.ckpt") and cfg.resume is None
+        assert train_here(cfg).directory == run and steps(run) == whole
 
     def test_says_what_cannot_be_gone_on_with(self, in_tmp: Path, capsys: pytest.CaptureFixture[str]):
         (in_tmp / "empty").mkdir()

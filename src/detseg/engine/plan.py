@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from detseg.atomic import write_atomic
 from detseg.secrecy import veil
 
 LATE = ("data.num_classes", "oc.env:")
@@ -81,22 +82,14 @@ def write_config(cfg: DictConfig, path: Path, wanted: Plan) -> None:
 
     Args:
         cfg: as composed.
-        path: written through a file of its own beside it, as a worker may read at any time.
+        path: written whole, as a worker may read at any time.
         wanted: the processes, whose numbers are written in place of ``auto`` and ``-1``.
     """
     settled = cast(DictConfig, OmegaConf.create(veil(settle(cfg))))
     if not isinstance(settled.trainer.devices, ListConfig):
         settled.trainer.devices = wanted.local
     settled.trainer.num_nodes = wanted.nodes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, OmegaConf.to_yaml(settled))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that whoever reads it finds the old one or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_atomic(path, OmegaConf.to_yaml(settled))
 
 
 def settle(node: Any) -> Any:

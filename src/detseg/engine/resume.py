@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from detseg.atomic import write_atomic
 from detseg.config import ConfigError
 from detseg.durable import Damaged, check_seal, newest_valid
+from detseg.experiment import ENVIRONMENT, FIGURES, Outcome, read_figures
 from detseg.secrecy import veil_arguments
-
-if TYPE_CHECKING:
-    from detseg.experiment import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +31,6 @@ TYPED = "overrides.json"
 RESOLVED = "resolved.yaml"
 BEFORE = "resolved.before.yaml"
 """What a run was until it was gone on with."""
-FIGURES = "metrics.json"
 RUNNING = ".running"
 """Locked by the process that trains in a directory."""
 
@@ -45,6 +42,8 @@ _composed: dict[str, list[str]] = {}
 def expand(arguments: Sequence[str], *, place: str = "hydra.run.dir") -> list[str]:
     """Return the arguments by which a run goes on, where ``resume`` names its directory or is ``auto``.
 
+    In a job that Slurm started again, a command without ``resume`` goes on with the run that it began there.
+
     Args:
         arguments: as typed, with flags.
         place: the key that decides where a run lies.
@@ -53,23 +52,38 @@ def expand(arguments: Sequence[str], *, place: str = "hydra.run.dir") -> list[st
         ConfigError: the directory holds no run, or one that is running.
     """
     typed = [text for text in arguments if _key(text) != "resume"]
-    wanted = [text.partition("=")[2].strip("'\"") for text in arguments if _key(text) == "resume"]
-    if not wanted:
-        return list(arguments)
-    if wanted[-1] == "auto":
-        found = latest(typed)
-        if found is None:
-            log.info("resume=auto: no run of this command is left unfinished; it starts anew")
-            return typed
-    elif Path(wanted[-1]).is_dir():
-        found = Path(wanted[-1])
-    else:
-        return list(arguments)
+    wanted = [text.partition("=")[2].strip("'\"") for text in arguments if _key(text) == "resume"][-1:]
+    found = _directory(wanted[0] if wanted else None, typed)
+    if found is None:
+        return typed if wanted == ["auto"] else list(arguments)
     if _is_sweep(typed):
         return [*typed, f'hydra.sweep.dir="{found}"']
     before = recorded(found)
     _check_allowed(before, typed, found)
-    return [*_merged(before, typed), f'{place}="{found}"', f"resume={_checkpoint(found)}"]
+    checkpoint = _go_on_from(found)
+    resume = "resume=null" if checkpoint is None else f'resume="{checkpoint}"'
+    return [*_merged(before, typed), f'{place}="{found}"', resume]
+
+
+def _directory(wanted: str | None, typed: Sequence[str]) -> Path | None:
+    """Return the directory that is gone on with, if one is.
+
+    Args:
+        wanted: the value of ``resume``; ``None`` where it was not typed.
+        typed: the other arguments.
+    """
+    job = restarted_job()
+    if wanted is None and job is not None:  # Slurm types the same command again
+        found = latest(typed, job=job)
+        if found is not None:
+            log.warning("started again by Slurm: going on in %s", found)
+        return found
+    if wanted == "auto":
+        found = latest(typed)
+        if found is None:
+            log.info("resume=auto: no run of this command is left unfinished; it starts anew")
+        return found
+    return Path(wanted) if wanted is not None and Path(wanted).is_dir() else None
 
 
 def _check_allowed(before: Sequence[str], typed: Sequence[str], directory: Path) -> None:
@@ -81,15 +95,34 @@ def _check_allowed(before: Sequence[str], typed: Sequence[str], directory: Path)
         )
 
 
-def latest(typed: Sequence[str]) -> Path | None:
-    """Return the newest directory of the same command whose run has not ended and does not run; of sweeps, any."""
+def latest(typed: Sequence[str], *, job: str | None = None) -> Path | None:
+    """Return the newest directory of the same command whose run has not ended and does not run; of sweeps, any.
+
+    Args:
+        typed: the command's arguments.
+        job: only what this Slurm job began; ``None``: whoever began it.
+    """
     root = next((text.partition("=")[2].strip("'\"") for text in typed if _key(text) == "paths.root"), "runs")
     notes = sorted(Path(root).glob(f"*/*/{TYPED}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for note in notes:
-        same = sorted(_read(note)) == sorted(_normal(typed))
-        if same and (_is_sweep(typed) or not ((note.parent / FIGURES).exists() or is_running(note.parent))):
-            return note.parent
+        directory = note.parent
+        if sorted(_read(note)) != sorted(_normal(typed)) or (job is not None and job not in _jobs(directory)):
+            continue
+        if _is_sweep(typed) or not ((directory / FIGURES).exists() or is_running(directory)):
+            return directory
     return None
+
+
+def restarted_job() -> str | None:
+    """Return the number of the Slurm job that this process is in, where Slurm has started it before."""
+    return os.environ.get("SLURM_JOB_ID") if int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 else None
+
+
+def _jobs(directory: Path) -> set[str]:
+    """Return the Slurm jobs that last trained the run in ``directory``, or the trials of the sweep in it."""
+    notes = [directory / ENVIRONMENT, *directory.glob(f"*/{ENVIRONMENT}")]
+    found = [json.loads(path.read_text(encoding="utf-8")).get("slurm_job") for path in notes if path.is_file()]
+    return {job for job in found if job is not None}
 
 
 def recorded(directory: Path) -> list[str]:
@@ -113,10 +146,7 @@ def recorded(directory: Path) -> list[str]:
 
 def record(directory: Path, typed: Sequence[str]) -> None:
     """Write down what was typed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / f".{TYPED}.{os.getpid()}"
-    beside.write_text(json.dumps(_normal(typed), indent=1) + "\n", encoding="utf-8")
-    beside.replace(directory / TYPED)
+    write_atomic(directory / TYPED, json.dumps(_normal(typed), indent=1) + "\n")
 
 
 def record_run(cfg: DictConfig) -> None:
@@ -134,6 +164,32 @@ def record_run(cfg: DictConfig) -> None:
         record(Path(directory), typed)
 
 
+@contextmanager
+def attempt(cfg: DictConfig) -> Iterator[None]:
+    """Write down what a run is composed from; see ``record_run``.
+
+    An attempt to go on that fails before it saved anything leaves the run's own files as they were, or the next one
+    would be composed from what did not fit.
+    """
+    directory = Path(cfg.paths.output_dir)
+    names = (TYPED, RESOLVED, ENVIRONMENT, FIGURES) if goes_on(cfg) else ()
+    before = {path: path.read_text(encoding="utf-8") for name in names if (path := directory / name).is_file()}
+    saved = _saved(directory)
+    record_run(cfg)
+    try:
+        yield
+    except BaseException:
+        if _saved(directory) == saved:
+            for path, text in before.items():
+                write_atomic(path, text)
+        raise
+
+
+def _saved(directory: Path) -> dict[str, int]:
+    """Return when each checkpoint was written."""
+    return {path.name: path.stat().st_mtime_ns for path in directory.glob("checkpoints/*.ckpt")}
+
+
 def note_composed(directory: str, overrides: Sequence[str]) -> None:
     """Remember what ``load_config`` was given for the run that will lie in ``directory``."""
     _composed[directory] = [text for text in overrides if _key(text) not in ("paths", "paths.output_dir")]
@@ -148,10 +204,7 @@ def goes_on(cfg: DictConfig) -> bool:
 
 def requeued(cfg: DictConfig) -> DictConfig:
     """Return the config of a job that Slurm started again: it goes on from the newest checkpoint in its directory."""
-    directory = Path(cfg.paths.output_dir) / "checkpoints"
-    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or not directory.is_dir() or goes_on(cfg):
-        return cfg
-    newest = newest_valid(directory)
+    newest = None if restarted_job() is None or goes_on(cfg) else newest_checkpoint(Path(cfg.paths.output_dir))
     if newest is None:
         return cfg
     log.warning("started again by Slurm: going on from %s", newest)
@@ -162,18 +215,15 @@ def requeued(cfg: DictConfig) -> DictConfig:
 
 def settle_trial(cfg: DictConfig) -> Outcome | None:
     """Return the outcome of a sweep's trial that had come to its end, or let ``cfg`` go on with one that had not."""
-    from detseg.experiment import Outcome
-
     directory = Path(cfg.paths.output_dir)
     if not (directory / RESOLVED).exists():
         return None
-    if (directory / FIGURES).exists():
+    figures = read_figures(directory)
+    if figures is not None:
         log.info("%s had come to its end: its figures are taken over", directory)
-        figures = json.loads((directory / FIGURES).read_text(encoding="utf-8"))
-        values = {name: math.nan if value is None else value for name, value in figures.items()}
-        return Outcome(directory=directory, figures=values, monitor=str(cfg.task.monitor).partition("/")[2])
-    checkpoint = _checkpoint(directory)
-    cfg.resume = None if checkpoint == "null" else checkpoint.strip('"')
+        return Outcome(directory=directory, figures=figures, monitor=str(cfg.task.monitor).partition("/")[2])
+    checkpoint = _go_on_from(directory)
+    cfg.resume = None if checkpoint is None else str(checkpoint)
     return None
 
 
@@ -183,9 +233,10 @@ def say_differences(cfg: DictConfig, directory: Path) -> None:
         return
     before = dict(_flat(OmegaConf.to_container(OmegaConf.load(directory / BEFORE), resolve=False)))
     after = dict(_flat(OmegaConf.to_container(cfg, resolve=True)))
+    moved = str(before.get("paths.output_dir")), str(after.get("paths.output_dir"))
     for key in sorted(before.keys() | after.keys() - {"resume"}):
         old, new = before.get(key), after.get(key)
-        if old != new and key != "resume" and "${" not in str(old):
+        if str(old).replace(*moved) != str(new) and key != "resume" and "${" not in str(old):
             log.warning("%s goes on with %s=%s, it was %s", directory, key, new, old)
 
 
@@ -224,27 +275,31 @@ def is_running(directory: Path) -> bool:
     return False
 
 
-def _checkpoint(directory: Path) -> str:
-    """Return the value of ``resume`` for a run in ``directory``; ``null`` where it died before its first checkpoint."""
-    if is_running(directory):
-        raise ConfigError(f"resume={directory}: it is running; wait for its end, or end it")
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest valid checkpoint of the run in ``directory``, and give damaged ones another name.
+
+    Else the next writing would keep one of those as the last but one.
+    """
     place = directory / "checkpoints"
     newest = newest_valid(place) if place.is_dir() else None
-    if newest is not None:
-        _set_aside(place)
-        return f'"{newest}"'
-    log.warning("%s has no checkpoint that could be read: it starts anew", directory)
-    (directory / RESOLVED).unlink(missing_ok=True)
-    return "null"
+    for path in place.glob("*.ckpt") if newest is not None else ():
+        with suppress(FileNotFoundError):  # another process of the run was faster
+            try:
+                check_seal(path)
+            except Damaged:
+                path.rename(path.with_name(f"{path.name}.damaged"))
+    return newest
 
 
-def _set_aside(place: Path) -> None:
-    """Give damaged checkpoints another name, or the next writing would keep one as the last but one."""
-    for path in place.glob("*.ckpt"):
-        try:
-            check_seal(path)
-        except Damaged:
-            path.rename(path.with_name(f"{path.name}.damaged"))
+def _go_on_from(directory: Path) -> Path | None:
+    """Return the checkpoint from which a run goes on; ``None`` where it died before its first one and starts anew."""
+    if is_running(directory):
+        raise ConfigError(f"resume={directory}: it is running; wait for its end, or end it")
+    newest = newest_checkpoint(directory)
+    if newest is None:
+        log.warning("%s has no checkpoint that could be read: it starts anew", directory)
+        (directory / RESOLVED).unlink(missing_ok=True)
+    return newest
 
 
 def _merged(before: Sequence[str], typed: Sequence[str]) -> list[str]:

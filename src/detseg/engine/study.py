@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import warnings
@@ -18,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from detseg.atomic import write_atomic
 from detseg.config import ConfigError, load_config
-from detseg.durable import newest_valid
 from detseg.engine.pool import LOG
+from detseg.engine.resume import newest_checkpoint
 from detseg.engine.space import Choice, Space, Value, read_space, typed
 from detseg.secrecy import veil_arguments
 from detseg.storage import PRUNED, open_storage
@@ -310,15 +309,6 @@ def _sampler(settings: DictConfig, *, drawn: int, workers: int) -> Any:
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=settings.startup, constant_liar=workers > 1)
 
 
-def figures_of(directory: Path) -> dict[str, float] | None:
-    """Return the figures of a run that came to its end, by name without stage; ``None`` for one that did not."""
-    path = directory / "metrics.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: math.nan if value is None else float(value) for name, value in content.items()}
-
-
 def go_on(cfg: DictConfig, directory: Path) -> None:
     """Let a run that was killed go on in its directory: behind its newest valid checkpoint, or anew if it has none.
 
@@ -326,7 +316,7 @@ def go_on(cfg: DictConfig, directory: Path) -> None:
         cfg: of the run; gets ``resume``.
         directory: the run's.
     """
-    newest = newest_valid(directory / "checkpoints") if (directory / "checkpoints").is_dir() else None
+    newest = newest_checkpoint(directory)
     if newest is not None:
         cfg.resume = str(newest)
         return

@@ -23,9 +23,9 @@ from detseg.engine.pool import Objective, Order, Pool, slots, visible_gpus
 from detseg.engine.record import RECORD, TrialRecord, write_record
 from detseg.engine.resume import record as note_typed
 from detseg.engine.space import Value, typed
-from detseg.engine.study import Ledger, Request, figures_of, go_on, locate, locked, plain, storage_url, whole
+from detseg.engine.study import Ledger, Request, go_on, locate, locked, plain, storage_url, whole
 from detseg.engine.sweep import Row, Summary, conclude
-from detseg.experiment import train
+from detseg.experiment import read_figures, train
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -209,7 +209,7 @@ class Search:
             mode=self.mode,
             number=trial.number,
         )
-        figures = figures_of(directory)
+        figures = read_figures(directory)
         if figures is not None:  # it was killed between its figures and its record
             self._settle(directory, record.finished(figures, seconds=0.0))
             return
