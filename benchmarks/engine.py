@@ -7,8 +7,8 @@
 with the default callbacks and loggers, so that the difference is the engine's; wanted: at most 1 ms at any interval of
 logging. Beside it the same ten scalars through Lightning's ``self.log_dict``. ``guard``: the share of a real step
 that the guard against NaN takes, wanted below 1 %. ``checkpoint``: seconds to write and to read a sealed checkpoint
-against its size, beside ``torch.save`` to the same disk. ``resume``: seconds of a command that begins a short run, and of
-one that goes on with it. ``sweep``: seconds of a trial beyond its training.
+against its size, beside ``torch.save`` to the same disk. ``resume``: seconds of a command that begins a short run, and
+of one that goes on with it. ``sweep``: seconds of a trial beyond its training.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import detseg
 from detseg.config import build_trainer
@@ -85,11 +86,12 @@ class Repeated(L.LightningDataModule):
         super().__init__()
         target = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), size=(8, 8))
         sizes = torch.tensor([[8, 8]])
-        self.batches = [Batch(images=torch.ones(1, 3, 8, 8), sizes=sizes, targets=[target])] * steps
+        batches = [Batch(images=torch.ones(1, 3, 8, 8), sizes=sizes, targets=[target])] * steps
+        self.loader: DataLoader[Batch] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list will do
 
-    def train_dataloader(self) -> list[Batch]:
-        """Return the batches; a list will do as a loader."""
-        return self.batches
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader."""
+        return self.loader
 
 
 class LoggedByLightning(AnchorFreeDetection):
@@ -127,9 +129,9 @@ def quiet() -> Iterable[None]:
 
 def by_hand() -> float:
     """Return the seconds of a step without any engine."""
-    model, batches = OneParameter(), Repeated(STEPS).batches
+    model, loader = OneParameter(), Repeated(STEPS).loader
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(loader):
         if number == 10:
             start = time.perf_counter()
         loss = torch.stack(list(model.loss(model(batch.images, batch.sizes), batch.targets).values())).sum()
@@ -266,6 +268,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     chosen = parser.parse_args().parts or list(PARTS)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    os.environ["WANDB_SILENT"] = "true"  # its summaries would drown the tables
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     directory = Path(tempfile.mkdtemp(prefix="engine-", dir=os.environ.get("BENCH_DIR")))
     try:

@@ -268,14 +268,16 @@ def _redirect(directory: Path) -> int:
 
 
 def _take(slot: Slot) -> None:
-    """Keep to the slot's GPUs and cores."""
+    """Keep to the slot's GPUs and cores; fewer threads than cores where the user wants it so."""
     if slot.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     if not slot.cores:
         return
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, slot.cores)
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(len(slot.cores))
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(len(slot.cores), int(wished)) if wished.isdecimal() and int(wished) else len(slot.cores)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     import torch
 
-    torch.set_num_threads(len(slot.cores))  # the libraries have read the variables already
+    torch.set_num_threads(threads)  # the libraries have read the variables already
