@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ TINY = [
     "callbacks.images.images=2",
     "evaluate_after=false",
 ]
-LOGGERS = "logger=[csv,tensorboard,wandb,mlflow]"
+LOGGERS = ["logger=[csv,tensorboard,wandb,mlflow]", "logger.wandb.system_interval=0.5"]
 RATES = ("0.001", "1.0e+30", "0.002")  # the second one's loss is not finite: that trial fails
 pytestmark = pytest.mark.slow
 
@@ -36,7 +38,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("sweep"))
         patch.setenv("WANDB_MODE", "offline")
-        main(["train", "-m", *TINY, LOGGERS, "model=fcos_small", "name=swept", f"optimizer.lr={','.join(RATES)}"])
+        main(["train", "-m", *TINY, *LOGGERS, "model=fcos_small", "name=swept", f"optimizer.lr={','.join(RATES)}"])
         return Path.cwd()
 
 
@@ -103,12 +105,12 @@ def test_wandb_has_config_pictures_curves_and_system_figures(swept: Path):
     config = {u.key or "/".join(u.nested_key) for r in records for u in r.config.update}
     config |= {u.key for u in one(records, "run").config.update}
     assert {"model", "optimizer", "seed"} <= config
+    system = {item.key for r in records if r.WhichOneof("record_type") == "stats" for item in r.stats.item}
+    assert any("cpu" in name for name in system) and any("memory" in name for name in system), system
     assert "exit" in kinds and list((run / "wandb").glob("offline-run-*/files/media/metadata/boxes2D/**/*.json"))
 
 
 def test_mlflow_compares_the_trials_in_one_store(swept: Path):
-    import sqlite3
-
     with sqlite3.connect(swept / "runs" / "mlflow.db") as store:
         runs = store.execute("select run_uuid, status from runs").fetchall()
         sweeps = store.execute("select distinct value from tags where key = 'sweep'").fetchall()
@@ -129,16 +131,37 @@ def test_pictures_lie_in_the_run(swept: Path):
     assert not (pictures / "val_epoch_000_confusion.png").exists()
 
 
-def test_a_run_that_goes_on_keeps_ids_and_has_every_row_once(swept: Path, tmp_path: Path, monkeypatch):
-    """From a checkpoint of the first epoch in the same directory: the table equals that of a run without a break."""
-    from detseg.callbacks import CsvLog
-
-    run = trial(swept, RATES[0])
-    whole = read_csv(run)
-    log = CsvLog(save_dir=run)
-    lines = log.path.read_text()
-    log.begin_at(4)
-    kept = read_csv(run)
-    log.path.write_text(lines)
-    assert kept == {key: value for key, value in whole.items() if key[1] < 4}
-    assert {("val/map", 3), ("train/loss", 3), ("speed/images_per_s", 3)} <= set(kept)
+def test_a_run_that_goes_on_keeps_ids_and_has_every_row_once(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From the checkpoint of its first epoch, in its own directory: every tracker has what it had without a break."""
+    shutil.copytree(swept / "runs", tmp_path / "runs", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = trial(tmp_path, RATES[0])
+    whole, ids, store = read_csv(run), json.loads((run / "trackers.json").read_text()), tmp_path / "runs" / "mlflow.db"
+    events = read_tensorboard(run)
+    for path in [run / "metrics.json", *(run / "checkpoints").glob("*.ckpt")]:
+        if path.name != "last-1.ckpt":
+            path.unlink()
+    before = offline_run(run)
+    assert main(["train", f"resume={run}"]) == 0
+    assert json.loads((run / "trackers.json").read_text()) == ids
+    (again,) = [path for path in (run / "wandb").glob("offline-run-*") if wandb_records(path) != before]
+    records = wandb_records(again)
+    assert one(records, "run").run_id == one(before, "run").run_id == ids["wandb"]
+    assert one(records, "exit").exit_code == 0
+    for tracker, found, expected in (
+        ("csv", read_csv(run), whole),
+        ("tensorboard", read_tensorboard(run), events),
+        ("mlflow", read_mlflow(store, ids["mlflow"]), whole),
+        ("wandb", read_wandb(records), {key: value for key, value in whole.items() if key[1] >= 4}),
+    ):
+        assert set(found) == set(expected), tracker
+        same = {key: value for key, value in expected.items() if not key[0].startswith("speed/")}
+        assert {key: found[key] for key in same} == pytest.approx(same, rel=1e-6), tracker
+    rows = [line.split(",") for line in (run / "csv" / "metrics.csv").read_text().splitlines()]
+    assert len(rows) == len({tuple(row) for row in rows}) and all(len(row) == len(rows[0]) for row in rows)
+    with sqlite3.connect(store) as opened:
+        assert opened.execute("select status from runs where run_uuid = ?", [ids["mlflow"]]).fetchone() == ("FINISHED",)
+        assert opened.execute("select count(*) from runs").fetchone() == (3,)
