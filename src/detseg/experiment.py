@@ -96,6 +96,7 @@ def train_here(cfg: DictConfig) -> Outcome:
 
 def check_start(cfg: DictConfig) -> None:
     """Refuse what cannot become a run, before anything is built."""
+    from detseg.engine.plan import plan
     from detseg.engine.resume import goes_on, is_running
 
     directory = Path(cfg.paths.output_dir)
@@ -108,6 +109,8 @@ def check_start(cfg: DictConfig) -> None:
             raise FileNotFoundError(f"{key}={cfg[key]}: there is no such file (looked from {Path.cwd()})")
     if cfg.resume is not None and cfg.init_from is not None:
         raise ConfigError("resume goes on with all of a run, init_from takes weights alone; set one of them")
+    if cfg.trainer.sync_batchnorm and cfg.trainer.accelerator == "cpu" and plan(cfg).world > 1:
+        raise ConfigError("trainer.sync_batchnorm=true needs GPUs: PyTorch has none of it for processes on the CPU")
 
 
 def begin(run: Run) -> None:

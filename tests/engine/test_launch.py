@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
-from detseg.config import ConfigError, load_config
+from detseg.config import ConfigError, build, load_config
 from detseg.engine import desk, meeting
 from detseg.engine.errors import WorkerFailed, exit_code, said
 from detseg.engine.launch import agent_command, environment, failure, trouble
 from detseg.engine.plan import Plan, launches, plan, write_config
+from detseg.experiment import check_start
 from ranks import free_port
 
 
@@ -164,3 +166,20 @@ def test_what_was_composed_elsewhere_leaves_no_directory(tmp_path: Path):
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
         "full", "full/run", "full/run/notes.txt",
     ]  # fmt: skip
+
+
+def test_batch_norm_over_all_devices_is_a_key_and_its_checkpoints_are_everybodys(tmp_path: Path):
+    """The layers that Lightning puts in on GPUs, under the names that a run in one process has too."""
+    assert (
+        load_config("trainer=ddp").trainer.sync_batchnorm and not load_config("trainer=ddp_cpu").trainer.sync_batchnorm
+    )
+    synced = ["trainer=ddp_cpu", "trainer.sync_batchnorm=true", f"paths.root={tmp_path}", "logger=none"]
+    cfg = load_config("model=unet_small", *synced)
+    run = build(cfg)
+    plain = [name for name, part in run.task.model.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    keys = set(run.task.model.state_dict())
+    model = run.trainer.strategy._layer_sync.apply(run.task.model)
+    assert [name for name, part in model.named_modules() if isinstance(part, nn.SyncBatchNorm)] == plain
+    assert len(plain) > 5 and set(model.state_dict()) == keys
+    with pytest.raises(ConfigError, match="sync_batchnorm=true needs GPUs"):
+        check_start(cfg)
