@@ -212,7 +212,8 @@ class TestBuild:
         full, less = self.build(), self.build("callbacks.images=null", "logger=none")
         kinds = [{type(item).__name__ for item in run.trainer.callbacks} for run in (full, less)]
         assert kinds[0] - kinds[1] == {"ImageLogger"}
-        assert len(full.trainer.loggers) == 1 and less.trainer.loggers == []
+        assert [type(item).__name__ for item in full.trainer.loggers] == ["CsvLog", "EventLog"]
+        assert less.trainer.loggers == []
 
     def test_no_callbacks_means_no_bar(self, in_tmp: Path):
         assert self.build("callbacks=none").trainer.progress_bar_callback is None

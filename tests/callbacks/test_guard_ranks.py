@@ -47,6 +47,7 @@ def test_both_stop_and_say_the_same(bad: float, tmp_path: Path):
 
 def test_the_launcher_says_the_guards_error_and_not_how_the_other_ranks_were_ended():
     note = {"rank": 0, "code": 1, "kind": "FloatingPointError", "message": "step 1: the loss is nan", "time": 5.0}
+    note |= {"trace": ""}
     ended = {"rank": 1, "code": -signal.SIGTERM, "pid": 7, "time": 4.9}
     said = failure([note | {"ended": False}], {"failures": [ended]}, 1)
     assert str(said) == "rank 0: step 1: the loss is nan" and said.code == 1 and said.kind == "FloatingPointError"

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.atomic import write_atomic
@@ -322,7 +323,10 @@ def _key(text: str) -> str:
     """Return an override's key with its package; of a flag, the flag."""
     if text.startswith("-") or "=" not in text:
         return text
-    return str(OverridesParser.create().parse_override(text).get_key_element())
+    try:
+        return str(OverridesParser.create().parse_override(text).get_key_element())
+    except HydraException:  # composing says what is wrong with it
+        return text.partition("=")[0]
 
 
 def _read(path: Path) -> list[str]:
