@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -135,3 +136,21 @@ def test_a_run_whose_worker_is_killed_says_so_in_one_line(
     said = capsys.readouterr().err.strip().splitlines()[-2]
     assert said.startswith("detseg: data worker 0 (process ") and "was killed by signal 9 (SIGKILL)" in said
     assert "image 3 of split train, epoch 0" in said and "lower data.num_workers" in said
+
+
+class TestDisk:
+    def test_a_full_one_is_named_with_what_is_free(self, tmp_path: Path):
+        made = run()
+        made.cfg.paths = SimpleNamespace(output_dir=str(tmp_path))
+        with (
+            pytest.raises(
+                OSError, match=r"the disk is full: [\d.]+ MiB are free where .*; make room, then resume="
+            ) as caught,
+            explained(made),
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert caught.value.errno == errno.ENOSPC and str(tmp_path) in str(caught.value)
+        for other in (OSError(errno.ENOSPC, "a.ckpt is not written: 3 MiB free"), PermissionError(errno.EACCES, "no")):
+            with pytest.raises(OSError) as caught, explained(made):
+                raise other
+            assert caught.value is other

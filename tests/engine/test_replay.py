@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,17 @@ class TestVerb:
             assert main(["replay", *arguments]) == code
             first = capsys.readouterr().err.splitlines()[0]
             assert first.startswith("detseg: ") and said in first
-        assert main(["replay"]) == 1 and "usage: detseg replay" in capsys.readouterr().out
+        assert main(["replay"]) == 2 and "needs a file" in capsys.readouterr().err
+        assert main(["replay", "--help"]) == 0 and "usage: detseg replay" in capsys.readouterr().out
+
+    def test_of_a_directory_takes_the_newest(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        path = stopped(tmp_path, DARK)
+        (old := path.with_name("nonfinite_step_0.pt")).write_bytes(b"of a start before")
+        os.utime(old, (1, 1))
+        assert replay(path.parent, allow=["guarded_models"]).reproduced
+        (tmp_path / "empty").mkdir()
+        assert main(["replay", str(tmp_path / "empty")]) == 2
+        assert "holds no nonfinite_step_<n>.pt" in capsys.readouterr().err
 
 
 @pytest.mark.slow

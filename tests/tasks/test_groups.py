@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from detseg.nn import TinyBackbone
 from detseg.nn.backbone import TimmBackbone, TorchvisionBackbone
-from detseg.tasks.groups import body_prefix, layers_of_body, parameter_groups
+from detseg.tasks.groups import body_prefix, choose_rates, chosen_rates, layers_of_body, parameter_groups
 
 
 def with_body(body: nn.Module, *, pyramid: bool = False) -> nn.Module:
@@ -84,3 +85,43 @@ class TestRates:
         model = nn.Sequential(nn.Linear(2, 2))
         with pytest.raises(ValueError, match=r"task.layer_decay is 0.5.*2 parameters.*1.0"):
             parameter_groups(model, rate=0.1, layer_decay=0.5)
+
+
+class TestChosenRates:
+    def stepped(self, rate: float, decay: float = 0.01) -> tuple[torch.optim.Optimizer, Any]:
+        """Return an optimiser of two groups, the second without decay, after two of four steps of a falling rate."""
+        weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+        groups = [{"params": weights[:1], "lr": rate / 2}, {"params": weights[1:], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+        for _ in range(2):
+            optimizer.step()
+            schedule.step()
+        return optimizer, schedule
+
+    def resumed(self, rate: float, decay: float = 0.01) -> tuple[torch.optim.Optimizer, Any, list[str]]:
+        before, its_schedule = self.stepped(1.0)
+        optimizer, schedule = self.stepped(rate, decay)
+        chosen = chosen_rates(optimizer)
+        optimizer.load_state_dict(before.state_dict())
+        schedule.load_state_dict(its_schedule.state_dict())
+        return optimizer, schedule, choose_rates(optimizer, [schedule], chosen)
+
+    def test_a_new_rate_takes_the_place_of_the_checkpoints(self):
+        optimizer, schedule, changed = self.resumed(0.1, decay=0.5)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.05])
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+        assert changed[:2] == ["learning rate 0.05, it was 0.5", "weight decay 0.5, it was 0.01"]
+        optimizer.step()
+        schedule.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0125, 0.025])
+
+    def test_the_same_rate_leaves_everything_as_it_was(self):
+        optimizer, schedule, changed = self.resumed(1.0)
+        assert changed == [] and schedule.base_lrs == [0.5, 1.0]
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5]
+
+    def test_without_a_schedule_the_rate_is_noted_too(self):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.2)
+        assert chosen_rates(optimizer) == [{"initial_lr": 0.2, "weight_decay": 0.0}]
+        assert optimizer.state_dict()["param_groups"][0]["initial_lr"] == 0.2

@@ -157,6 +157,8 @@ def _predict(arguments: Sequence[str]) -> None:
 def _replay(arguments: Sequence[str]) -> None:
     from detseg.engine.replay import main
 
+    if not arguments:
+        raise ConfigError("detseg replay needs a file, nonfinite_step_<n>.pt of a run; see detseg replay --help")
     if not main(arguments):
         raise SystemExit(1)
 

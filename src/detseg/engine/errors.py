@@ -30,6 +30,8 @@ class WorkerFailed(ChildProcessError):
 
 def said(error: BaseException) -> str:
     """Return an error's message without secrets; of one from a data worker, which has a traceback, its own part."""
+    if str(error).startswith("Unable to configure handler") and error.__cause__ is not None:
+        error = error.__cause__  # Hydra's train.log: what matters is why
     text = redact(str(error))
     if isinstance(error, URLError):
         return f"cannot download ({text}); for published weights give a file instead, or null"
@@ -56,5 +58,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 asks torch 2.14 in the old way; nothing that a user could mend.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    # The task logs such epochs all the same: once each.
+    warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
     # The task's figures are of all ranks before they are logged.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")

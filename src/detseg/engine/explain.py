@@ -1,11 +1,15 @@
-"""Errors of torch that say too little: out of memory (which batch, what to lower) and dead data workers."""
+"""Errors that say too little: out of memory (which batch, what to lower), dead data workers, full disks."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +36,14 @@ def explained(run: Run) -> Iterator[None]:
     Raises:
         OutOfMemory: the block ran out of memory; the message has the batch's shapes and what to lower.
         DataError: a data worker died; the message has the image that it read.
+        OSError: the disk is full; the message says which.
     """
     try:
         yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.strerror != os.strerror(errno.ENOSPC):  # checkpoints say it themselves
+            raise
+        raise OSError(errno.ENOSPC, _disk_full(Path(run.cfg.paths.output_dir))) from error
     except (RuntimeError, MemoryError) as error:
         dead = died(error)
         if dead is not None:
@@ -46,6 +55,11 @@ def explained(run: Run) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory(told) from error
+
+
+def _disk_full(directory: Path) -> str:
+    free = shutil.disk_usage(directory).free / 2**20
+    return f"the disk is full: {free:.1f} MiB are free where {directory} lies; make room, then resume={directory}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

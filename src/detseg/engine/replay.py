@@ -23,7 +23,7 @@ from detseg.stamp import STAMP_KEY
 from detseg.structures import Batch
 from detseg.structures.plain import from_plain
 
-USAGE = """usage: detseg replay <nonfinite_step_N.pt> [device=cpu] [allow=[mypackage]]
+USAGE = """usage: detseg replay <nonfinite_step_N.pt or its run's directory> [device=cpu] [allow=[mypackage]]
 
 Do again the step whose loss or gradient was not finite, in one process: prints its losses, the first layer whose output
 is not finite, and the gradients that are not. Exit code 0 where that is reproduced, 1 where all is finite.
@@ -66,7 +66,7 @@ def replay(path: str | Path, *, device: str | None = None, allow: Sequence[str] 
     """Rebuild the model of a replay file and do its step again, up to the gradients.
 
     Args:
-        path: written by ``detseg.callbacks.Guard``.
+        path: written by ``detseg.callbacks.Guard``, or the directory of its run: the newest one in it.
         device: default: the kind that the run was on, where there is one, else the CPU. The same kind gives the same
             numbers; on another they may differ in the last digits.
         allow: further packages that the file may build from; name only what you trust.
@@ -75,6 +75,7 @@ def replay(path: str | Path, *, device: str | None = None, allow: Sequence[str] 
         FileNotFoundError: there is no such file.
         ValueError: it is no replay file, is damaged, or lacks the model's config.
     """
+    path = _file(Path(path))
     content = _read(path)
     setting = _setting(content, torch.device(device or _device(str(content["device"]))))
     model = _build(content, path, allow).to(setting.place).to(memory_format=setting.layout)
@@ -151,6 +152,16 @@ def _setting(content: Mapping[str, Any], place: torch.device) -> _Setting:
         autocast=PRECISIONS.get(str(content["precision"])),
         accumulate=int(content["accumulate"]),
     )
+
+
+def _file(path: Path) -> Path:
+    """Return a directory's newest replay file; a file as it is."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("nonfinite_step_*.pt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no nonfinite_step_<n>.pt; the guard writes it into the run's directory")
+    return found[-1]
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -6,13 +6,16 @@ added later would have no place in the schedule nor in a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+CHOSEN = {"initial_lr": "learning rate", "weight_decay": "weight decay"}
+"""What the config decides when a run goes on, by the name that torch gives it in a group."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -21,6 +24,46 @@ def peak_rate(optimizer: Callable[..., Optimizer]) -> float:
     """Return the learning rate of an optimiser that waits for its parameters; 1e-3, Adam's own, where it names none."""
     keywords = optimizer.keywords if isinstance(optimizer, partial) else {}
     return float(keywords.get("lr", 1e-3))
+
+
+def chosen_rates(optimizer: Optimizer) -> list[dict[str, float]]:
+    """Return what the config says about every group, to be compared with what a checkpoint says; see ``choose_rates``.
+
+    Writes the peak rate down where the schedule does not, as checkpoints keep the groups.
+    """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return [{key: float(group[key]) for key in CHOSEN if key in group} for group in optimizer.param_groups]
+
+
+def choose_rates(optimizer: Optimizer, schedules: Iterable[Any], chosen: Sequence[Mapping[str, float]]) -> list[str]:
+    """Let the config decide peak rates and weight decay of an optimiser whose state is a checkpoint's.
+
+    Torch restores the groups whole, and so the rates of the run before, whatever the config says now. Where both agree
+    nothing is touched.
+
+    Args:
+        optimizer: after its state is loaded.
+        schedules: which hold the peak rates too.
+        chosen: from ``chosen_rates``, before the state was loaded.
+
+    Returns:
+        What changed, such as ``"learning rate 0.0005, it was 0.002"``.
+    """
+    changed: list[str] = []
+    for group, wanted in zip(optimizer.param_groups, chosen, strict=True):
+        for key, new in wanted.items():
+            old = group.get(key, new)
+            if old == new:
+                continue
+            group[key] = new
+            if key == "initial_lr":
+                group["lr"] = group["lr"] * new / old if old else new
+            changed.append(f"{CHOSEN[key]} {new:.4g}, it was {old:.4g}")
+    for schedule in schedules if changed else ():
+        if hasattr(schedule, "base_lrs"):
+            schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    return list(dict.fromkeys(changed))
 
 
 def body_prefix(names: Iterable[str]) -> str:
