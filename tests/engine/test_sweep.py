@@ -149,3 +149,15 @@ def test_a_run_that_a_signal_ended_has_no_record(tmp_path: Path):
     assert not (tmp_path / "a" / RECORD).exists() and summarise(tmp_path) is None
     write_record(tmp_path / "a.json", record(0.5, lr="1"))
     assert (tmp_path / "a.json").read_text().startswith("{")
+
+
+def test_different_figures_are_not_ranked(tmp_path: Path):
+    for model, figure, value in (("fcos_small", "val/map", 0.2), ("unet_small", "val/miou", 0.9)):
+        (directory := tmp_path / f"model={model}").mkdir()
+        begun = TrialRecord(parameters={"model": model}, seed=1, monitor=figure, mode="max")
+        write_record(directory / RECORD, begun.finished({figure.partition("/")[2]: value}, seconds=1.0))
+    summary = summarise(tmp_path)
+    assert summary is not None and summary.best is None and summary.monitor == "val/map or val/miou"
+    assert summary.command is not None and summary.command.startswith("none: val/map and val/miou cannot be compared")
+    assert sorted(row.mean for row in summary.rows) == [0.2, 0.9]
+    assert [path.name for path in summary.files] == ["sweep.csv"]

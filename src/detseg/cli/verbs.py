@@ -71,8 +71,15 @@ def _train(arguments: Sequence[str]) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             sweeps.add(Path(HydraConfig.get().sweep.dir))
             record(Path(HydraConfig.get().sweep.dir), arguments)
-        return train_one(cfg)
+        try:
+            return train_one(cfg)
+        except MENDABLE as error:
+            if not str(HydraConfig.get().sweeper["_target_"]).endswith(".BasicSweeper"):
+                raise  # others want to know, and search on
+            failures.append(error)  # Hydra would print the overrides once more
+            return None
 
+    failures: list[Exception] = []
     sweeps: set[Path] = set()  # the one that runs, if one does
     sys.argv = [typed[0], *arguments, *_trial_names(arguments)]  # hydra.main reads the command line itself
     try:
@@ -81,6 +88,8 @@ def _train(arguments: Sequence[str]) -> None:
         sys.argv = typed
         for directory in sweeps:  # also where a trial failed: the error follows the table
             sweep_end(directory)
+    if failures:
+        raise failures[0]
 
 
 def _trial_names(arguments: Sequence[str]) -> list[str]:
@@ -115,7 +124,8 @@ def train_one(cfg: DictConfig) -> float | None:
         else:
             outcome = train(cfg)
     except MENDABLE as error:
-        if hydra_cfg.mode == RunMode.MULTIRUN:  # the sweeper goes on, and raises at the end
+        if hydra_cfg.mode == RunMode.MULTIRUN:  # the sweeper goes on, and raises the first one at the end
+            print(f"trial {hydra_cfg.job.num} failed: {said(error)}", file=sys.stderr, flush=True)
             raise
         raise SystemExit(_fail(error)) from error  # Hydra would print lines of its own
     if is_first_process():

@@ -74,7 +74,7 @@ class Summary:
         monitor: the figure that is optimised, with its stage.
         rows: the best first, then what was pruned, failed or has not ended.
         best: the best row; ``None`` where nothing came to its end.
-        command: to train the best again.
+        command: to train the best again, or why there is no best.
         files: written ones worth looking at.
     """
 
@@ -200,7 +200,12 @@ def summarise(directory: Path) -> Summary | None:
     if not found:
         return None
     rows, fixed = group(found)
-    return conclude(directory, rows, name="sweep", monitor=found[0].monitor, mode=found[0].mode, fixed=fixed)
+    figures = list(dict.fromkeys(record.monitor for record in found))
+    if len(figures) == 1:
+        return conclude(directory, rows, name="sweep", monitor=figures[0], mode=found[0].mode, fixed=fixed)
+    files = [write_csv(directory / "sweep.csv", rows)]
+    told = f"none: {' and '.join(figures)} cannot be compared; sweep models of one task, or compare by hand"
+    return Summary(directory=directory, monitor=" or ".join(figures), rows=rows, best=None, command=told, files=files)
 
 
 def _age(path: Path) -> float:
