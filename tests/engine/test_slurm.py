@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 from detseg.config import ConfigError, load_config
 from detseg.engine.plan import Plan
 from detseg.engine.slurm import parameters, submit
-from processes import DETSEG, TINY, environment, started
+from processes import DETSEG, TINY, environment, started, wait_for
 
 SBATCH = """
 echo "$@" >> $FAKE/sbatch.log; cp "$1" $FAKE/script.sh
@@ -30,6 +32,26 @@ for node in 0 1; do
   SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" > $FAKE/node$node.log 2>&1 &
 done
 wait
+"""
+ALONE = """
+cp "$1" $FAKE/script.sh
+export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST=127.0.0.1 SLURM_JOB_NUM_NODES=1 SLURM_NTASKS=1
+setsid bash -c 'bash $0; if [ -e $FAKE/scontrol.log ]; then SLURM_RESTART_COUNT=1 bash $0; fi' "$1" \
+  >> $FAKE/job.log 2>&1 < /dev/null &
+echo $! > $FAKE/job.pid
+echo "Submitted batch job 4711"
+"""
+TASK = """
+while [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift;; esac; shift; done
+export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+"$@" >> $FAKE/node0.log 2>&1 &
+echo $! > $FAKE/task.pid
+wait
+"""
+SCONTROL = """
+echo "$@" >> $FAKE/scontrol.log
+task=$(cat $FAKE/task.pid)
+(sleep 1; while kill -TERM $task; do sleep 0.5; done) > /dev/null 2>&1 &
 """
 SACCT = 'echo "JobID|State"; echo "4711|RUNNING"'
 
@@ -104,6 +126,34 @@ def test_a_job_on_two_machines_trains_one_model(tmp_path: Path, cluster: Path):
     assert str(Path(sys.executable).parent) in script
     logs = [(tmp_path / f"node{node}.log").read_text() for node in (0, 1)]
     assert sum("epoch 1/1" in log for log in logs) == 1
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_up_is_queued_again_once_and_goes_on(tmp_path: Path, cluster: Path):
+    """What Slurm does before the time is over: SIGUSR1 to the task, and SIGTERM once the job is queued again."""
+    pytest.importorskip("submitit")
+    for name, text in {"sbatch": ALONE, "srun": TASK, "scontrol": SCONTROL}.items():
+        program(cluster, name, text)
+    env = environment(PATH=f"{cluster}:{os.environ['PATH']}", FAKE=str(tmp_path))
+    shape = ["launcher=slurm", "trainer=cpu", "trainer.max_epochs=100", "trainer.check_val_every_n_epoch=10"]
+    log = tmp_path / "node0.log"
+    with started([DETSEG, "train", *TINY, *shape, "logger=csv", "name=job"], tmp_path, env=env) as launcher:
+        try:
+            wait_for(lambda: log.exists() and "epoch 10/100" in log.read_text())
+            os.kill(int((tmp_path / "task.pid").read_text()), signal.SIGUSR1)
+            assert launcher.wait(240) == 0, (tmp_path / "out.err").read_text()
+        finally:
+            if (tmp_path / "job.pid").exists():
+                _kill_session(int((tmp_path / "job.pid").read_text()))
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 4711\n"
+    (run,) = tmp_path.glob("runs/*/*")
+    said = log.read_text()
+    assert "told to end by SIGUSR1: step" in said and f"started again by Slurm: going on from {run}" in said
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 400
+    assert json.loads((run / "metrics.json").read_text())["count"] > 0
+    with (run / "csv" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(400)), "a step is missing or was logged twice"
 
 
 def _kill_session(leader: int) -> None:
