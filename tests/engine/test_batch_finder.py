@@ -17,7 +17,7 @@ from detseg.data import Orchard
 from detseg.data.transforms import DetectionTrain
 from detseg.engine import batch_finder
 from detseg.engine.batch_finder import Attempt, find_batch, override_line, search, try_size
-from detseg.engine.batch_trial import is_out_of_memory, prepare
+from detseg.engine.batch_trial import means_memory, prepare
 from detseg.engine.worst_batch import Worst, batch_of, find_worst, read_worst
 from detseg.structures import Target
 
@@ -134,9 +134,9 @@ class TestJudging:
             "CUDA out of memory",
             "could not create a primitive",
         ):
-            assert is_out_of_memory(RuntimeError(text))
-        assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("x"))
-        assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("shapes differ"))
+            assert means_memory(RuntimeError(text))
+        assert means_memory(MemoryError()) and means_memory(torch.OutOfMemoryError("x"))
+        assert not means_memory(ValueError("out of memory")) and not means_memory(RuntimeError("shapes differ"))
 
 
 def test_a_trial_keeps_what_takes_memory_alone(in_tmp: Path):

@@ -18,23 +18,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import build_task, build_trainer
+from detseg.engine.explain import is_out_of_memory
 from detseg.engine.worst_batch import WorstData, read_worst
 
 KEPT = ("ema", "compile")
 """Callbacks that need memory of their own; frozen parts would hide what training needs later."""
 
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "out of memory",
-    "bad alloc",
-    "bad_alloc",
-    "alloc_failed",  # cuBLAS and cuDNN
-    "could not create a primitive",  # oneDNN
-    "could not create a memory",
-)
-"""What the errors say that are not of class ``torch.OutOfMemoryError``, such as those of torch's CPU allocator."""
+ONEDNN = ("could not create a primitive", "could not create a memory")
+"""What oneDNN says where it finds no memory, and elsewhere; of a model that trained with fewer images it is memory."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = attempt(cast(DictConfig, OmegaConf.load(given.config)), given.worst, given.images, given.share)
     except Exception as error:
         logging.getLogger(__name__).exception("trial of %d images", given.images)
-        kind = "memory" if is_out_of_memory(error) else "error"
+        kind = "memory" if means_memory(error) else "error"
         result = {kind: f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
     given.result.write_text(json.dumps(result), encoding="utf-8")
     return 0
@@ -100,11 +91,9 @@ def prepare(cfg: DictConfig, steps: int, accumulated: int) -> None:
     cfg.trainer.update(devices=1, num_nodes=1, strategy="auto")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def means_memory(error: BaseException) -> bool:
     """Say whether an error means that there was too little memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(word in str(error).lower() for word in OUT_OF_MEMORY)
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and str(error).startswith(ONEDNN))
 
 
 def peak_memory() -> int:

@@ -18,7 +18,9 @@ from detseg.config import Run
 from detseg.data.watch import died
 from detseg.structures import Batch
 
-SIGNS = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+SIGNS = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED|bad.alloc", re.IGNORECASE
+)
 """How torch's allocators, CUDA and cuDNN say it where the error's class does not."""
 
 
@@ -66,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error is about memory: of a GPU, of the host, or of Python itself."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
+    return isinstance(error, RuntimeError | OSError) and SIGNS.search(str(error)) is not None
 
 
 def describe(run: Run, error: BaseException) -> str:
