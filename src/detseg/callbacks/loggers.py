@@ -27,14 +27,6 @@ FLUSH_AFTER = 10.0
 
 
 @runtime_checkable
-class Continues(Protocol):
-    """A logger that can go on with the files of an earlier start."""
-
-    def begin_at(self, step: int) -> None:
-        """Forget what was logged at ``step`` optimiser steps and later: training goes on from there."""
-
-
-@runtime_checkable
 class Closes(Protocol):
     """A logger that wants to know how the run ended."""
 
