@@ -110,6 +110,33 @@ def check_searched(study: Path, kept: dict[int, tuple[str, float | None]]) -> No
 
 
 @pytest.mark.slow
+def test_slurm_queues_a_study_again_once_and_it_goes_on(tmp_path: Path):
+    fake = tmp_path / "bin" / "scontrol"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\n")
+    fake.chmod(0o755)
+    command = [sys.executable, str(REPO / "tests" / "stub_study.py"), *CPU, LR, "tune.trials=6", "tune.pruner=none"]
+    slurm = {"SLURM_JOB_ID": "4711", "PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    environment = os.environ | slurm | {"PYTHONPATH": str(REPO / "tests")}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: list(tmp_path.glob("runs/*/*/*/trial.json")))
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    (study,) = tmp_path.glob("runs/study/*")
+    assert (tmp_path / "calls").read_text() == "requeue 4711\n" and not Request.read(study).finished
+    before = stored(study)
+    again = environment | {"SLURM_RESTART_COUNT": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=again, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/study/*")) == [study] and Request.read(study).finished
+    assert before.items() <= stored(study).items() and len(stored(study)) == 6
+
+
+@pytest.mark.slow
 def test_sigterm_leaves_a_study_to_go_on_with(tmp_path: Path):
     command = [sys.executable, str(REPO / "tests" / "stub_study.py"), *CPU, LR, "tune.trials=6", "tune.pruner=none"]
     environment = os.environ | {"PYTHONPATH": str(REPO / "tests")}

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from detseg.atomic import write_atomic
 from detseg.config import ConfigError, load_config
 from detseg.engine.pool import LOG
-from detseg.engine.resume import newest_checkpoint
+from detseg.engine.resume import newest_checkpoint, restarted_job
 from detseg.engine.space import Choice, Space, Value, read_space, typed
 from detseg.secrecy import veil_arguments
 from detseg.storage import PRUNED, open_storage
@@ -98,7 +98,10 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def locate(overrides: Sequence[str]) -> tuple[Request, Path]:
-    """Return what is asked for and the directory of its study, which exists then."""
+    """Return what is asked for and the directory of its study, which exists then.
+
+    ``resume=auto``, or Slurm when it starts a job again, goes on with the newest unfinished study of the same command.
+    """
     keys = {text: text.partition("=")[0].lstrip("+") for text in veil_arguments(overrides)}
     resume = [text.partition("=")[2] for text, key in keys.items() if key == "resume"]
     request = Request(
@@ -110,7 +113,7 @@ def locate(overrides: Sequence[str]) -> tuple[Request, Path]:
         return _continued(request, Path(str(target)))
     cfg = _checked(request)
     before = latest(Path(cfg.paths.root), request)
-    if before is not None and target == "auto":
+    if before is not None and (target == "auto" or restarted_job() is not None):
         return _continued(request, before)
     if before is not None:
         log.info("an unfinished study of this command is in %s: resume=auto goes on with it", before)

@@ -64,7 +64,8 @@ def tune(*overrides: str, objective: Objective = train) -> Summary:
         ConfigError: nothing is searched, or a choice does not compose.
         FileNotFoundError: ``resume`` names a directory without a study.
         ImportError: Optuna is not installed.
-        SystemExit: a signal ended the study: 130 after Ctrl-C, else 143. ``resume`` goes on.
+        SystemExit: a signal ended the study: 130 after Ctrl-C, else 143; 0 on SIGUSR1 in a Slurm job, which is queued
+            again. ``resume`` goes on.
     """
     request, directory = locate(overrides)
     with locked(directory):
@@ -76,8 +77,15 @@ def tune(*overrides: str, objective: Objective = train) -> Summary:
         summary = search.summary()
     if search.stopped is not None:
         log.warning("stopped; detseg tune resume=%s goes on", directory)
-        raise SystemExit(128 + (signal.SIGINT if search.stopped == signal.SIGINT else signal.SIGTERM))
+        raise SystemExit(_code(search.stopped))
     return summary
+
+
+def _code(number: int) -> int:
+    """Return the exit code after a signal; on SIGUSR1 in a Slurm job, which is queued again, 0."""
+    from detseg.callbacks.signals import code_of, requeue
+
+    return 0 if number == signal.SIGUSR1 and requeue() else code_of(number)
 
 
 class Search:
@@ -216,6 +224,8 @@ class Search:
         go_on(cfg, directory)
         note_typed(directory, [*self.space.fixed, *texts])  # for detseg train resume=<directory>
         self._add_pruning(cfg, trial.number, first=not trial.results)
+        if OmegaConf.select(cfg, "callbacks.shutdown") is not None:
+            cfg.callbacks.shutdown.requeue = False  # the study has its job queued again, once for all trials
         self.pool.start(Order(config=plain(cfg), directory=directory, record=record, objective=self.objective))
 
     def _add_pruning(self, cfg: DictConfig, number: int, *, first: bool) -> None:
