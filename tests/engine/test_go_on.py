@@ -92,6 +92,43 @@ class TestGoOn:
         again = sorted(path.parent for path in in_tmp.glob("runs/*/*/*/metrics.json"))
         assert again == trials and (trials[0] / "metrics.json").stat().st_mtime_ns == first
         assert len(steps(trials[1])) == 6
+        noted = (sweep := trials[0].parent) / "overrides.json"
+        typed = noted.read_text()
+        assert main(["train", f"resume={sweep}", "-m"]) == 0  # the directory knows its command
+        assert sorted(path.parent for path in in_tmp.glob("runs/*/*/*/metrics.json")) == trials
+        assert noted.read_text() == typed and "seed=1,2" in typed
+        assert main(["train", f"resume={sweep}"]) == main(["train", "-m", f"resume={trials[0]}"]) == 2
+
+    def test_an_attempt_that_fails_leaves_the_run_as_it_was(
+        self, in_tmp: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ):
+        assert main(["train", *QUICK]) == 0
+        (run,) = runs(in_tmp)
+        names = ("overrides.json", "resolved.yaml", "environment.json", "metrics.json")
+        before = {name: (run / name).read_text() for name in names}
+        for wrong in (["model=fcos_small"], ["optimizer.lr=1e30", "trainer.gradient_clip_val=null"]):
+            assert main(["train", f"resume={run}", "trainer.max_epochs=3", *wrong]) == 1
+            assert {name: (run / name).read_text() for name in names} == before
+        assert "does not fit the model" in (said := capsys.readouterr().err) and "the loss is nan" in said
+        assert main(["train", f"resume={run}", "trainer.max_epochs=3"]) == 0
+        assert len(steps(run)) == 9 and "trainer.max_epochs=3" in (run / "overrides.json").read_text()
+
+    def test_a_new_rate_is_trained_with(self, in_tmp: Path, caplog: pytest.LogCaptureFixture):
+        assert main(["train", *QUICK, "optimizer.lr=1e-3"]) == 0
+        (run,) = runs(in_tmp)
+        assert main(["train", f"resume={run}", "trainer.max_epochs=3", "optimizer.lr=5e-4"]) == 0
+        rows = list(csv.DictReader((run / "csv" / "metrics.csv").open()))
+        rates = [float(row["lr-AdamW/rest"]) for row in rows if row["lr-AdamW/rest"]]
+        assert rates == pytest.approx([1e-3] * 6 + [5e-4] * 3)
+        assert "going on with learning rate 0.0005, it was 0.001" in (run / "train.log").read_text() + caplog.text
+
+    def test_a_run_that_was_moved_differs_in_nothing(self, in_tmp: Path, caplog: pytest.LogCaptureFixture):
+        assert main(["train", *QUICK]) == 0
+        (run,) = runs(in_tmp)
+        moved = run.rename(in_tmp / "elsewhere")
+        assert main(["train", f"resume={moved}", "trainer.max_epochs=3"]) == 0
+        told = caplog.text + (moved / "train.log").read_text()
+        assert "trainer.max_epochs=3, it was 2" in told and "dirpath" not in told and len(steps(moved)) == 9
 
     def test_a_run_that_died_before_its_first_checkpoint_starts_anew(self, in_tmp: Path):
         assert main(["train", *QUICK, "trainer.max_epochs=1"]) == 0

@@ -115,6 +115,8 @@ class Shutdown(L.Callback):
             signals.save()
             path = save_last(trainer)
             step, saved = trainer.global_step, "no checkpoint is kept" if path is None else f"saved as {path}"
+            if path is not None and path.parent.name == "checkpoints":
+                saved += f"; resume={path.parent.parent} goes on"
             if trainer.is_global_zero:
                 log.warning("told to end by %s: step %d, %s", signals.name(told), step, saved)
             signals.leave(told)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,10 +58,10 @@ def expand(arguments: Sequence[str], *, place: str = "hydra.run.dir") -> list[st
     found = _directory(wanted[0] if wanted else None, typed)
     if found is None:
         return typed if wanted == ["auto"] else list(arguments)
-    if _is_sweep(typed):
-        return [*typed, f'hydra.sweep.dir="{found}"']
-    before = recorded(found)
+    before = recorded(found, sweep=_is_sweep(typed))
     _check_allowed(before, typed, found)
+    if _is_sweep(typed):
+        return [*_merged(before, typed), f'hydra.sweep.dir="{found}"']
     checkpoint = _go_on_from(found)
     resume = "resume=null" if checkpoint is None else f'resume="{checkpoint}"'
     return [*_merged(before, typed), f'{place}="{found}"', resume]
@@ -126,11 +127,11 @@ def _jobs(directory: Path) -> set[str]:
     return {job for job in found if job is not None}
 
 
-def recorded(directory: Path) -> list[str]:
-    """Return what was typed for the run in ``directory``.
+def recorded(directory: Path, *, sweep: bool = False) -> list[str]:
+    """Return what was typed for the run in ``directory``, or for the sweep.
 
     Raises:
-        ConfigError: there is no run, or it is a sweep, or one that was not composed from overrides.
+        ConfigError: there is none, or the other of the two, or one that was not composed from overrides.
     """
     if not (directory / TYPED).is_file():
         known = (directory / RESOLVED).is_file()
@@ -140,8 +141,10 @@ def recorded(directory: Path) -> list[str]:
             "its checkpoints"
         )
     typed = _read(directory / TYPED)
-    if _is_sweep(typed):
-        raise ConfigError(f"resume={directory}: a sweep; type its command again with resume=auto")
+    if _is_sweep(typed) and not sweep:
+        raise ConfigError(f"resume={directory}: a sweep; go on with it by detseg train -m resume={directory}")
+    if sweep and not _is_sweep(typed):
+        raise ConfigError(f"resume={directory}: one run, not a sweep; go on with it without -m")
     return typed
 
 
@@ -304,15 +307,22 @@ def _go_on_from(directory: Path) -> Path | None:
 
 
 def _merged(before: Sequence[str], typed: Sequence[str]) -> list[str]:
-    """Return the overrides of both; of those with one key, what is typed now."""
+    """Return the overrides of both, flags first; of those with one key, what is typed now."""
     again = {_key(text) for text in typed}
-    return [*(text for text in before if _key(text) not in again), *typed]
+    flags = [*(text for text in typed if text in SWEEP), *takewhile(_is_flag, (t for t in typed if t not in SWEEP))]
+    kept = [text for text in before if _key(text) not in again and text not in SWEEP]
+    return [*flags, *kept, *(text for text in typed if text not in flags)]  # argparse takes overrides in one piece
 
 
 def _normal(typed: Sequence[str]) -> list[str]:
     """Return overrides as they are compared: without ``resume``, a sweep's flag first."""
     kept = [text for text in typed if _key(text) != "resume" and not text.startswith(("-", "hydra."))]
     return [*(["-m"] if _is_sweep(typed) else []), *veil_arguments(kept)]  # Hydra's list gives out secrets resolved
+
+
+def _is_flag(text: str) -> bool:
+    """Say whether an argument is a flag of Hydra's, or a flag's value."""
+    return text.startswith("-") or "=" not in text
 
 
 def _is_sweep(typed: Sequence[str]) -> bool:
