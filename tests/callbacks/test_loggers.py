@@ -147,8 +147,12 @@ class TestHowRunsEnd:
             def close(self, exit_code):
                 heard.append(exit_code)
 
-        def work():
-            with closing([Listens(save_dir=tmp_path), object()]):
+        class Breaks(CsvLog):
+            def close(self, exit_code):
+                raise OSError("no space left")
+
+        def work(*loggers):
+            with closing([*loggers, Listens(save_dir=tmp_path), object()]):
                 if error is not None:
                     raise error
 
@@ -158,6 +162,9 @@ class TestHowRunsEnd:
             with pytest.raises(type(error)):
                 work()
         assert heard == [code]
+        with pytest.raises(OSError if error is None else type(error)):  # how the run ended matters more
+            work(Breaks(save_dir=tmp_path))
+        assert heard == [code, code]
 
 
 class TestHandover:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from detseg.atomic import write_atomic
 from detseg.callbacks.handover import Handover, Row
 from detseg.secrecy import veil
+
+log = logging.getLogger(__name__)
 
 FLUSH_AFTER = 10.0
 """Seconds after which what was logged is on disk, where a dashboard can see it."""
@@ -36,8 +39,11 @@ class Closes(Protocol):
 
 @contextmanager
 def closing(loggers: Iterable[Logger]) -> Iterator[None]:
-    """Tell every logger that can hear it how the run in this block ended."""
-    code = 0
+    """Tell every logger that can hear it how the run in this block ended.
+
+    One that cannot be closed keeps no other from hearing it; its error is raised where the run has none of its own.
+    """
+    code, failures = 0, list[Exception]()
     try:
         yield
     except BaseException as error:
@@ -45,8 +51,14 @@ def closing(loggers: Iterable[Logger]) -> Iterator[None]:
         raise
     finally:
         for logger in loggers:
-            if isinstance(logger, Closes):
-                logger.close(code)
+            try:
+                if isinstance(logger, Closes):
+                    logger.close(code)
+            except Exception as error:
+                log.warning("%s could not be closed: %s", type(logger).__name__, error)
+                failures.append(error)
+        if failures and code == 0:
+            raise failures[0]
 
 
 def exit_code(error: BaseException) -> int:
