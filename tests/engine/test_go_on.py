@@ -177,6 +177,18 @@ class TestGoOn:
         assert len(runs(in_tmp)) == 2 and steps(run) == whole
         assert f"started again by Slurm: going on in {run.relative_to(in_tmp)}" in "".join(capfd.readouterr())
 
+    def test_so_does_a_sweep(self, in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+        command = ["train", "-m", *QUICK, "seed=1,2"]
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        assert main(command) == 0
+        trials = sorted(path.parent for path in in_tmp.glob("runs/*/*/*/metrics.json"))
+        undo(trials[1])
+        first = (trials[0] / "metrics.json").stat().st_mtime_ns
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert main(command) == 0
+        assert sorted(path.parent for path in in_tmp.glob("runs/*/*/*/metrics.json")) == trials
+        assert (trials[0] / "metrics.json").stat().st_mtime_ns == first and len(steps(trials[1])) == 6
+
     def test_a_submitted_config_goes_on_in_a_job_that_slurm_started_again(
         self, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
     ):
