@@ -101,3 +101,9 @@ def test_tune_says_what_it_is_given_wrongly(in_tmp: Path, capsys: pytest.Capture
     assert run_verb("tune", ["optimizer.lr=0.1"]) == 2
     assert "nothing is searched" in capsys.readouterr().err
     assert list(in_tmp.iterdir()) == []
+
+
+def test_the_flag_may_stand_anywhere(trained: list[Path], in_tmp: Path):
+    for command in (["optimizer.lr=0.1,0.2", "trainer=cpu", "-m"], ["optimizer.lr=0.1,0.2", "-m", "trainer=cpu"]):
+        assert run_verb("train", command) == 0
+    assert len(trained) == 4 and {path.name for path in trained} == {"optimizer.lr=0.1", "optimizer.lr=0.2"}

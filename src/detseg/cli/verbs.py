@@ -57,12 +57,12 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     from detseg.cli.sweeps import sweep_end
-    from detseg.engine.resume import expand, record
+    from detseg.engine.resume import expand, flag_first, record
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here whole instead of being printed by Hydra
     register_resolvers()
     check_flags(arguments)
-    arguments = expand(quoted(arguments))
+    arguments = flag_first(expand(quoted(arguments)))
     typed = sys.argv
 
     def run(cfg: DictConfig) -> float | None:

@@ -308,10 +308,15 @@ def _go_on_from(directory: Path) -> Path | None:
 
 def _merged(before: Sequence[str], typed: Sequence[str]) -> list[str]:
     """Return the overrides of both, flags first; of those with one key, what is typed now."""
-    again = {_key(text) for text in typed}
-    flags = [*(text for text in typed if text in SWEEP), *takewhile(_is_flag, (t for t in typed if t not in SWEEP))]
+    again, typed = {_key(text) for text in typed}, flag_first(typed)
+    flags = list(takewhile(_is_flag, typed))
     kept = [text for text in before if _key(text) not in again and text not in SWEEP]
-    return [*flags, *kept, *(text for text in typed if text not in flags)]  # argparse takes overrides in one piece
+    return [*flags, *kept, *typed[len(flags) :]]
+
+
+def flag_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a sweep's flag before all others: argparse takes overrides in one piece alone."""
+    return [*(text for text in arguments if text in SWEEP), *(text for text in arguments if text not in SWEEP)]
 
 
 def _normal(typed: Sequence[str]) -> list[str]:
