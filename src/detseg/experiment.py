@@ -82,9 +82,11 @@ def train_here(cfg: DictConfig) -> Outcome:
 
     from detseg.callbacks.loggers import closing
     from detseg.callbacks.signals import listening
+    from detseg.engine.errors import quiet
     from detseg.engine.resume import held, requeued
 
     keep_secrets()
+    quiet()
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     with listening(), held(Path(cfg.paths.output_dir)) if is_first_process() else nullcontext():
         run = build(requeued(cfg))

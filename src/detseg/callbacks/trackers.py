@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from detseg.atomic import write_atomic
 from detseg.callbacks.handover import Handover, Row
 from detseg.callbacks.loggers import plain
+
+log = logging.getLogger(__name__)
 
 CLOSED = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}  # else FAILED, in MLflow's words
 
@@ -78,7 +81,8 @@ class WandbLog(WandbLogger):
             mode="offline" if offline else None,  # Lightning sets a variable alone, which wandb.login has read already
             **init,
         )
-        self._identity = identity
+        self._wandb_init.pop("anonymous", None)  # Lightning's; wandb warns that it means nothing any more
+        self._identity, self._offline = identity, offline
         self._handover = Handover(self._store)
 
     @property
@@ -130,7 +134,10 @@ class WandbLog(WandbLogger):
         """End wandb's run with the exit code of ours."""
         if self._experiment is not None:
             self._handover.drain()
+            place = Path(self._experiment.dir).parent  # beside files/, what wandb syncs
             self._experiment.finish(exit_code=exit_code)
+            if self._offline:
+                log.info("wandb is offline; to send this run: wandb sync %s", place)
 
 
 class MlflowLog(MLFlowLogger):
@@ -164,6 +171,7 @@ class MlflowLog(MLFlowLogger):
         tags = {"directory": str(Path(save_dir))}
         group = self._identity.group
         with self._turn():  # the store's tables are made here, which two processes must not do at a time
+            _quiet_mlflow()
             super().__init__(
                 experiment_name=experiment_name,
                 run_name=run_name or self._identity.name,
@@ -273,6 +281,15 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^/\w.\- :]", "_", name)
 
 
+def _quiet_mlflow() -> None:
+    """Leave out that tables and experiments are made where there are none yet."""
+    import mlflow  # it sets its loggers' levels when it is imported
+
+    assert mlflow
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
+
+
 def wandb_logger(
     *,
     save_dir: str | Path,
@@ -315,7 +332,8 @@ def wandb_logger(
         name=name or identity.name,
         group=group or identity.group,
         tags=list(tags),
-        settings=wandb.Settings(x_stats_sampling_interval=system_interval),
+        # Offline it has twenty lines to say, of which ``close`` says the one that helps; online its links are wanted.
+        settings=wandb.Settings(x_stats_sampling_interval=system_interval, silent=offline),
     )
     _returned[:] = [logger]
     return logger

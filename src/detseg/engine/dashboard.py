@@ -164,9 +164,10 @@ def dashboard(arguments: Sequence[str]) -> None:
     directory, tool, port = options(arguments)
     tool = tool or find_tool(directory)
     chosen = free_port(port)
-    if chosen != port:
+    if port and chosen != port:
         print(f"port {port} is taken", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal leaves no server behind either
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
     with serving(tool, directory, chosen) as (address, process):
         print(f"{tool} on {directory}: {address} (Ctrl-C ends it)", flush=True)
         try:
