@@ -15,8 +15,18 @@ HEAVY = ("optuna", "lightning.pytorch", "torchmetrics", "detseg.tasks", "detseg.
 """What nearly every trial needs; none of it starts a thread or touches a GPU when imported."""
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone: a trial with this one, and this one with its study."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def prepare() -> None:
     """Import what trials need, and leave signals to the study: it tells its trials what to do."""
+    die_with_parent()  # multiprocessing's own end takes seconds with all that is imported here
     os.setsid()  # Ctrl-C in a terminal reaches a whole group of processes
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a cluster sends it to every process of a job
     for name in HEAVY:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detseg.config import ConfigError
+from detseg.engine.nursery import die_with_parent
 from detseg.engine.record import RECORD, TrialRecord, write_record
 from detseg.secrecy import redact
 
@@ -201,7 +202,9 @@ def _death(code: int, directory: Path) -> str:
 
 def _work(order: Order, slot: Slot) -> None:
     """Be a trial: the whole life of its process."""
-    _die_with_parent()
+    die_with_parent()
+    if os.getppid() == 1:  # it went before the call
+        os._exit(1)
     os.setsid()  # a group of its own, with its data workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     lock = _redirect(order.directory)
@@ -234,17 +237,6 @@ def _run(order: Order, started: float) -> None:
         print(redact(traceback.format_exc()), file=sys.stderr)
         record = order.record.failed(said(error) or type(error).__name__, seconds=time.monotonic() - started)
     write_record(order.directory / RECORD, record)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent is gone, which is when the study is."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # it went before the call
-        os._exit(1)
 
 
 def _redirect(directory: Path) -> int:
