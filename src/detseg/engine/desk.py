@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from detseg.atomic import write_atomic
+
 DESK = "DETSEG_DESK"
 """Environment variable: the directory. Not set where somebody started ``torch.distributed.run`` by hand."""
 
@@ -25,10 +27,7 @@ def put(name: str, content: Any, directory: Path | None = None) -> None:
     """Write ``content`` as JSON under ``name``, at once and whole; nothing happens without a directory."""
     if directory is None and DESK not in os.environ:
         return
-    path = (directory or Path(os.environ[DESK])) / name
-    beside = path.with_name(f".{name}.{os.getpid()}")
-    beside.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomic((directory or Path(os.environ[DESK])) / name, json.dumps(content))
 
 
 def take(name: str, directory: Path) -> Any:
