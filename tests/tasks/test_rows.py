@@ -64,6 +64,12 @@ class TestTrainRows:
         assert row["train/loss"] == pytest.approx(row["train/loss_box"] + row["train/loss_classification"], rel=1e-6)
         assert all(type(value) in (int, float) for value in row.values())
 
+    @pytest.mark.parametrize(("every", "rows"), [(2, [1, 3, 5]), (10, [2, 5]), (0, [])])
+    def test_short_epochs_have_a_row_each_and_zero_means_none(self, tmp_path: Path, every: int, rows: list[int]):
+        keeps = Keeps()
+        trainer(tmp_path, logger=keeps, log_every_n_steps=every, max_epochs=2).fit(make(), batches(3))
+        assert [step for step, _ in keeps.rows] == rows
+
     def test_under_accumulation_the_mean_of_the_steps_batches(self, tmp_path: Path):
         keeps, task = Keeps(), make()
         sizes = [1, 3, 2, 2]

@@ -118,7 +118,7 @@ class Signals:
         self.number = self.number or number
         if not self._deferred:
             self.leave(number)
-        if first and number == signal.SIGINT:
+        if first and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # of several processes one says so
             _say("the run ends after this step, with a checkpoint; Ctrl-C again ends it at once")
 
     def _watch(self) -> None:

@@ -169,7 +169,8 @@ class Task(L.LightningModule):
         outputs = self.model(self._images(batch), batch.sizes, batch.targets)
         terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()
-        due = (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0
+        every = cast(Any, self.trainer).log_every_n_steps  # 0: never
+        due = every > 0 and (self.global_step + 1) % every == 0
         if self.guard is None and (due or loss.device.type == "cpu"):
             self._check_finite(loss, terms, batch)
         if due:
