@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -146,15 +146,18 @@ class DetectionData(L.LightningDataModule):
         )
 
     def eval_dataloader(self, split: str) -> DataLoader[Sample]:
-        """Return the batches of ``split`` in order, with ``truths``; under DDP each image is on one rank only."""
+        """Return the batches of ``split`` in order, with ``truths``; under DDP each image is on one rank only.
+
+        A rank for which there is no image gets a batch of none.
+        """
         samples = self.dataset(split)
         rank, world_size = self._ranks()
         sampler = EvalSampler(length=len(samples), rank=rank, world_size=world_size)
+        if not len(sampler):  # Lightning would leave out this rank's evaluation, and the others wait for its figures
+            return DataLoader(cast(Any, [empty_batch(self.size_divisor)]), batch_size=None)
         transformed = TransformedSplit(samples=samples, transform=self.eval_transform, with_truth=True, name=split)
         return self._loader(transformed, sampler, self.eval_batch_size, drop_last=False)
 
-        if not len(sampler):  # Lightning would leave out this rank's evaluation, and the others wait for its figures
-            return DataLoader(cast(Any, [empty_batch(self.size_divisor)]), batch_size=None)
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return the validation split in order."""
         return self.eval_dataloader("val")
