@@ -66,7 +66,7 @@ def workers(pid: int) -> dict[int, psutil.Process]:
     found = {}
     for child in family(pid).values():
         with suppress(psutil.Error):
-            if "detseg.engine.worker" in child.cmdline() and "RANK" in (own := child.environ()):
+            if "detseg.engine.processes.worker" in child.cmdline() and "RANK" in (own := child.environ()):
                 found[int(own["RANK"])] = child
     return found
 

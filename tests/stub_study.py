@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from detseg.callbacks.pruning import Pruning
 from detseg.durable import read_sealed, write_sealed
-from detseg.engine.tune import tune
+from detseg.engine.sweeps.tune import tune
 from detseg.experiment import Outcome
 
 EPOCHS = 5

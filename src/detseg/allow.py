@@ -59,7 +59,7 @@ MODEL_RULES: Rules = {
 CONFIG_RULES: Rules = {
     **MODEL_RULES,
     "detseg.callbacks.": EXPORTED,
-    "detseg.engine.sharding.ShardedStrategy": CLASSES,
+    "detseg.engine.processes.sharding.ShardedStrategy": CLASSES,
     "lightning.Trainer": CLASSES,
     "lightning.pytorch.Trainer": CLASSES,
     "lightning.pytorch.trainer.trainer.Trainer": CLASSES,

@@ -64,8 +64,8 @@ def train(cfg: DictConfig) -> Outcome:
         CheckpointMismatch: the checkpoint of ``resume`` is of another model or of other classes.
         WorkerFailed: one of several processes failed; the message names its rank.
     """
-    from detseg.engine.launch import launch
-    from detseg.engine.plan import launches
+    from detseg.engine.processes.launch import launch
+    from detseg.engine.processes.plan import launches
     from detseg.engine.resume import attempt
 
     check_start(cfg)
@@ -98,7 +98,7 @@ def train_here(cfg: DictConfig) -> Outcome:
 
 def check_start(cfg: DictConfig) -> None:
     """Refuse what cannot become a run, before anything is built."""
-    from detseg.engine.plan import plan
+    from detseg.engine.processes.plan import plan
     from detseg.engine.resume import goes_on, is_running
 
     directory = Path(cfg.paths.output_dir)
@@ -209,7 +209,7 @@ def measure(run: Run, checkpoint: Path) -> None:
     """
     from detseg.checkpoint import init_from, model_state, read_checkpoint
     from detseg.engine.explain import explained
-    from detseg.engine.sharding import is_sharded, load_whole
+    from detseg.engine.processes.sharding import is_sharded, load_whole
 
     if run.trainer.world_size > 1 and is_sharded(run.task.model):
         load_whole(run.task.model, model_state(read_checkpoint(checkpoint)))

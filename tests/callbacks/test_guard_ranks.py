@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from detseg.callbacks import Guard
-from detseg.engine.launch import failure
+from detseg.engine.processes.launch import failure
 from guarded_models import BRIGHT, DARK, fit, images, make_task, weights
 from ranks import run_ranks
 

@@ -9,7 +9,7 @@ import pytest
 
 import detseg
 from detseg.cli.main import VERBS
-from detseg.engine.space import read_space
+from detseg.engine.sweeps.space import read_space
 from shared import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ def find(arguments: Sequence[str]) -> None:
 
 def find_rate(cfg: DictConfig, typed: str) -> None:
     """Find a learning rate and print it as an override."""
-    from detseg.engine.lr_finder import find_lr
+    from detseg.engine.finders.lr_finder import find_lr
 
     curve, picture = find_lr(cfg)
     print(f"{len(curve.losses)} steps from {curve.rates[0]:.3g} to {curve.rates[-1]:.3g}" + _because(curve.stopped))
@@ -49,7 +49,7 @@ def find_size(cfg: DictConfig, typed: str) -> None:
     Raises:
         ConfigError: not even one image fits.
     """
-    from detseg.engine.batch_finder import Attempt, find_batch, override_line
+    from detseg.engine.finders.batch_finder import Attempt, find_batch, override_line
 
     def tell(attempt: Attempt) -> None:
         told = (

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from detseg.config import ConfigError
-from detseg.engine.sweep import Row, Summary
+from detseg.engine.sweeps.sweep import Row, Summary
 
 SHOWN = 10
 """Rows of the table; all of them are in the CSV file."""
@@ -26,7 +26,7 @@ def tune(arguments: Sequence[str]) -> None:
         ConfigError: a flag is given, or the search cannot start.
         SystemExit: a signal ended the study, or no trial came to its end (1).
     """
-    from detseg.engine.tune import tune as search
+    from detseg.engine.sweeps.tune import tune as search
 
     flags = [text for text in arguments if text.startswith("-")]
     if flags:
@@ -40,7 +40,7 @@ def tune(arguments: Sequence[str]) -> None:
 
 def sweep_end(directory: Path) -> None:
     """Write and print the summary of a sweep of ``detseg train -m``."""
-    from detseg.engine.sweep import summarise
+    from detseg.engine.sweeps.sweep import summarise
 
     summary = summarise(directory)
     if summary is not None:

@@ -106,7 +106,7 @@ def train_one(cfg: DictConfig) -> float | None:
     """Train once and print what came out; a sweeper gets the figure that the task optimises."""
     from detseg.cli.show import show
     from detseg.engine.resume import settle_trial
-    from detseg.engine.sweep import run_trial
+    from detseg.engine.sweeps.sweep import run_trial
     from detseg.experiment import is_first_process, train
 
     quiet()

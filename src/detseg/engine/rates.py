@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from detseg.engine.plan import plan
+from detseg.engine.processes.plan import plan
 from detseg.tasks.groups import peak_rate
 
 LINEAR = ("SGD", "ASGD")

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from detseg.cli.sweeps import show_summary
 from detseg.config import ConfigError, load_config
-from detseg.engine.charts import draw_sweep, importance
-from detseg.engine.record import RECORD, TrialRecord, write_record
-from detseg.engine.space import read_space
-from detseg.engine.sweep import Row, conclude, group, run_trial, summarise
+from detseg.engine.sweeps.charts import draw_sweep, importance
+from detseg.engine.sweeps.record import RECORD, TrialRecord, write_record
+from detseg.engine.sweeps.space import read_space
+from detseg.engine.sweeps.sweep import Row, conclude, group, run_trial, summarise
 from detseg.experiment import Outcome
 
 

@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from detseg.atomic import write_atomic
 from detseg.config import ConfigError, load_config
-from detseg.engine.pool import LOG
 from detseg.engine.resume import newest_checkpoint, restarted_job
-from detseg.engine.space import Choice, Space, Value, read_space, typed
+from detseg.engine.sweeps.pool import LOG
+from detseg.engine.sweeps.space import Choice, Space, Value, read_space, typed
 from detseg.secrecy import veil_arguments
 from detseg.storage import PRUNED, open_storage
 

@@ -1,4 +1,4 @@
-"""One batch size, tried in a process of its own, which may die of it: ``python -m detseg.engine.batch_trial``.
+"""One batch size, tried in a process of its own, which may die of it: ``python -m detseg.engine.finders.batch_trial``.
 
 Two optimiser steps on the worst batch: from the second on there is the optimiser's state too.
 """
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import build_task, build_trainer
 from detseg.engine.explain import is_out_of_memory
-from detseg.engine.worst_batch import WorstData, read_worst
+from detseg.engine.finders.worst_batch import WorstData, read_worst
 
 KEPT = ("ema", "compile")
 """Callbacks that need memory of their own; frozen parts would hide what training needs later."""

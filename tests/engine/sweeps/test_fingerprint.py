@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from detseg.config import ConfigError, load_config
-from detseg.engine.fingerprint import NOTES, fingerprint, register
+from detseg.engine.sweeps.fingerprint import NOTES, fingerprint, register
 
 
 def test_place_and_name_do_not_matter_and_numbers_do():

@@ -20,10 +20,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from detseg.engine import desk
 from detseg.engine.errors import WorkerFailed
-from detseg.engine.plan import Plan, plan, write_config
-from detseg.engine.worker import ASKED, PATHS
+from detseg.engine.processes import desk
+from detseg.engine.processes.plan import Plan, plan, write_config
+from detseg.engine.processes.worker import ASKED, PATHS
 from detseg.experiment import Outcome
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ def launch(cfg: DictConfig) -> Outcome:
     wanted = plan(cfg)
     config = Path(cfg.paths.output_dir) / "resolved.yaml"
     if cfg.get("slurm") is not None:
-        from detseg.engine.slurm import submit
+        from detseg.engine.processes.slurm import submit
 
         write_config(cfg, config, wanted)
         return submit(config, wanted, cfg.slurm, name=str(cfg.name))
     if wanted.nodes > 1:
-        from detseg.engine.together import launch_together
+        from detseg.engine.processes.together import launch_together
 
         return launch_together(cfg, wanted)
     write_config(cfg, config, wanted)
@@ -79,8 +79,8 @@ def launch_here(config: Path, wanted: Plan) -> Outcome:
 def agent_command(wanted: Plan, config: Path, meeting: Sequence[str]) -> list[str]:
     """Return the command that starts the workers of this machine; ``meeting``: ``torchrun``'s arguments for that."""
     ranks = [f"--nnodes={wanted.nodes}", f"--nproc-per-node={wanted.local}"]
-    worker = ["-m", "detseg.engine.worker", "--config", str(config.absolute())]
-    return [sys.executable, "-m", "detseg.engine.agent", *ranks, *meeting, *worker]
+    worker = ["-m", "detseg.engine.processes.worker", "--config", str(config.absolute())]
+    return [sys.executable, "-m", "detseg.engine.processes.agent", *ranks, *meeting, *worker]
 
 
 def environment(wanted: Plan, place: Path) -> dict[str, str]:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from detseg.engine.fingerprint import fingerprint, register
-from detseg.engine.record import RECORD, State, TrialRecord, write_record
+from detseg.engine.sweeps.fingerprint import fingerprint, register
+from detseg.engine.sweeps.record import RECORD, State, TrialRecord, write_record
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from detseg.engine.space import Space
+    from detseg.engine.sweeps.space import Space
     from detseg.experiment import Outcome
 
 HEAD = ("trial", "state", "mean", "spread")
@@ -112,7 +112,7 @@ def conclude(
         fixed: overrides that all rows share.
         space: what was searched, for the scales of the pictures; ``None``: as the values look.
     """
-    from detseg.engine.charts import draw_sweep
+    from detseg.engine.sweeps.charts import draw_sweep
 
     sign = -1 if mode == "max" else 1
     ranks: list[State] = ["complete", "pruned", "failed", "running"]

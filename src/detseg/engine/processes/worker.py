@@ -1,4 +1,4 @@
-"""One of the processes that train together: ``python -m torch.distributed.run ... -m detseg.engine.worker``.
+"""One of the processes that train together: ``python -m torch.distributed.run ... -m detseg.engine.processes.worker``.
 
 It reads the config that the launcher resolved and never sees Hydra, so that every rank of a run trains with the same
 parameters.
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from detseg.engine import desk
 from detseg.engine.errors import MENDABLE, exit_code, quiet, said
+from detseg.engine.processes import desk
 from detseg.secrecy import redact
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: default: those of the command line.
     """
-    parser = argparse.ArgumentParser(prog="detseg.engine.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="detseg.engine.processes.worker", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="resolved.yaml of the run")
     config = parser.parse_args(arguments).config
     rank = int(os.environ.get("RANK", "0"))
@@ -96,7 +96,7 @@ PATHS = ("directory", "checkpoint", "files")
 
 
 def plain_outcome(outcome: Outcome) -> dict[str, Any]:
-    """Return an outcome as plain values, for ``detseg.engine.launch.outcome_of``."""
+    """Return an outcome as plain values, for ``detseg.engine.processes.launch.outcome_of``."""
     return asdict(outcome) | {key: _text(getattr(outcome, key)) for key in PATHS}
 
 

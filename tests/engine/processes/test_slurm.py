@@ -15,8 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 from detseg.config import ConfigError, load_config
-from detseg.engine.plan import Plan
-from detseg.engine.slurm import parameters, submit
+from detseg.engine.processes.plan import Plan
+from detseg.engine.processes.slurm import parameters, submit
 from processes import DETSEG, TINY, environment, started, wait_for
 
 SBATCH = """

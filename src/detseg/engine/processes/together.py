@@ -11,10 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from detseg.engine import desk
 from detseg.engine.errors import WorkerFailed
-from detseg.engine.launch import agent_command, attend, environment, outcome_of, tell, trouble
-from detseg.engine.meeting import (
+from detseg.engine.processes import desk
+from detseg.engine.processes.launch import agent_command, attend, environment, outcome_of, tell, trouble
+from detseg.engine.processes.meeting import (
     WAIT,
     Meeting,
     address,
@@ -25,7 +25,7 @@ from detseg.engine.meeting import (
     own_address,
     wait_for_others,
 )
-from detseg.engine.plan import Plan, write_config
+from detseg.engine.processes.plan import Plan, write_config
 from detseg.experiment import Outcome
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ PARTING = 15.0
 
 
 def launch_together(cfg: DictConfig, wanted: Plan) -> Outcome:
-    """Train on several machines; this one may be any of them. See ``detseg.engine.launch.launch``."""
+    """Train on several machines; this one may be any of them. See ``detseg.engine.processes.launch.launch``."""
     meeting = meet(wanted.rendezvous, wanted.nodes)
     try:
         if meeting.node:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError, slug
-from detseg.engine.fingerprint import fingerprint
-from detseg.engine.pool import Objective, Order, Pool, slots, visible_gpus
-from detseg.engine.record import RECORD, TrialRecord, write_record
 from detseg.engine.resume import record as note_typed
-from detseg.engine.space import Value, typed
-from detseg.engine.study import Ledger, Request, go_on, locate, locked, plain, storage_url, whole
-from detseg.engine.sweep import Row, Summary, conclude
+from detseg.engine.sweeps.fingerprint import fingerprint
+from detseg.engine.sweeps.pool import Objective, Order, Pool, slots, visible_gpus
+from detseg.engine.sweeps.record import RECORD, TrialRecord, write_record
+from detseg.engine.sweeps.space import Value, typed
+from detseg.engine.sweeps.study import Ledger, Request, go_on, locate, locked, plain, storage_url, whole
+from detseg.engine.sweeps.sweep import Row, Summary, conclude
 from detseg.experiment import read_figures, train
 
 if TYPE_CHECKING:

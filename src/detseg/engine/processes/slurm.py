@@ -21,11 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError
 from detseg.engine.errors import WorkerFailed, exit_code, said
-from detseg.engine.launch import launch_here, outcome_of
-from detseg.engine.meeting import meet
-from detseg.engine.plan import Plan
-from detseg.engine.together import follow, lead
-from detseg.engine.worker import plain_outcome
+from detseg.engine.processes.launch import launch_here, outcome_of
+from detseg.engine.processes.meeting import meet
+from detseg.engine.processes.plan import Plan
+from detseg.engine.processes.together import follow, lead
+from detseg.engine.processes.worker import plain_outcome
 from detseg.experiment import Outcome
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from detseg.config import instantiate, load_config
 from detseg.models.region_features import RegionAlign
 from detseg.structures import SemanticMap, Target
+from shared import REPO
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
+CONF = REPO / "conf" / "model"
 SMALL = sorted(path.stem for path in CONF.glob("*_small.yaml"))
 SIDE = 64
 BOXES = [[2, 3, 20, 22], [24, 4, 46, 20], [10, 30, 40, 60], [44, 40, 60, 62], [4, 44, 14, 56]]

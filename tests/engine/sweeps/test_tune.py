@@ -17,8 +17,8 @@ import pytest
 
 import stub_study
 from detseg.config import ConfigError
-from detseg.engine.study import Request, locate
-from detseg.engine.tune import tune
+from detseg.engine.sweeps.study import Request, locate
+from detseg.engine.sweeps.tune import tune
 from shared import REPO
 
 LR = "optimizer.lr=tag(log,interval(1e-5,1e-1))"

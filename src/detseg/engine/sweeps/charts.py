@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detseg.engine.space import Interval
+from detseg.engine.sweeps.space import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from detseg.engine.space import Space
-    from detseg.engine.sweep import Row
+    from detseg.engine.sweeps.space import Space
+    from detseg.engine.sweeps.sweep import Row
 
 FEW = 4
 """Up to so many distinct numbers have a mean each; more are fitted by a parabola."""

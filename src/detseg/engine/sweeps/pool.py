@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detseg.config import ConfigError
-from detseg.engine.nursery import die_with_parent
-from detseg.engine.record import RECORD, TrialRecord, write_record
+from detseg.engine.sweeps.nursery import die_with_parent
+from detseg.engine.sweeps.record import RECORD, TrialRecord, write_record
 from detseg.secrecy import redact
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Pool:
 
     def __init__(self, *, slots: Sequence[Slot]) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["detseg.engine.nursery"])
+        self._context.set_forkserver_preload(["detseg.engine.sweeps.nursery"])
         self._places = [_Place(slot) for slot in slots]
 
     @property

@@ -12,10 +12,10 @@ import yaml
 from torch import nn
 
 from detseg.config import ConfigError, build, load_config
-from detseg.engine import desk, meeting
 from detseg.engine.errors import WorkerFailed, exit_code, said
-from detseg.engine.launch import agent_command, environment, failure, trouble
-from detseg.engine.plan import Plan, launches, plan, write_config
+from detseg.engine.processes import desk, meeting
+from detseg.engine.processes.launch import agent_command, environment, failure, trouble
+from detseg.engine.processes.plan import Plan, launches, plan, write_config
 from detseg.experiment import check_start
 from ranks import free_port
 
@@ -70,9 +70,9 @@ def test_the_workers_are_started_by_torchrun_with_the_resolved_config(tmp_path: 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "99")
     command = agent_command(Plan(local=3), tmp_path / "resolved.yaml", ["--rdzv-id=x"])
-    assert command[:3] == [sys.executable, "-m", "detseg.engine.agent"]
+    assert command[:3] == [sys.executable, "-m", "detseg.engine.processes.agent"]
     assert "--nproc-per-node=3" in command and "--nnodes=1" in command
-    assert command[-4:] == ["-m", "detseg.engine.worker", "--config", str(tmp_path / "resolved.yaml")]
+    assert command[-4:] == ["-m", "detseg.engine.processes.worker", "--config", str(tmp_path / "resolved.yaml")]
     env = environment(Plan(local=10**6), tmp_path)
     assert env["OMP_NUM_THREADS"] == "1"
     assert env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "99", "what the user sets stays"

@@ -1,6 +1,6 @@
 """``python -m torch.distributed.run`` without its report of several screens: who failed goes to a file.
 
-Started by ``detseg.engine.launch`` on every machine, with ``torch.distributed.run``'s own arguments.
+Started by ``detseg.engine.processes.launch`` on every machine, with ``torch.distributed.run``'s own arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from detseg.engine import desk
+from detseg.engine.processes import desk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

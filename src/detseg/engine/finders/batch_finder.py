@@ -16,7 +16,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError, instantiate
-from detseg.engine.worst_batch import Worst, find_worst
+from detseg.engine.finders.worst_batch import Worst, find_worst
 
 MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 """What ends a process that finds no memory: the system's killer, C++'s bad_alloc, and libraries that do not look."""
@@ -129,7 +129,15 @@ def try_size(images: int, directory: Path, *, limit: int = 0, share: float = 1.0
         RuntimeError: it failed of something else than memory.
     """
     result, log = directory / f"{images}.json", directory / f"{images}.log"
-    command = [sys.executable, "-m", "detseg.engine.batch_trial", "--images", str(images), "--limit", str(limit)]
+    command = [
+        sys.executable,
+        "-m",
+        "detseg.engine.finders.batch_trial",
+        "--images",
+        str(images),
+        "--limit",
+        str(limit),
+    ]
     command += ["--share", str(share), "--config", str(directory / "config.yaml")]
     command += ["--worst", str(directory / "worst.pt"), "--result", str(result)]
     with log.open("w", encoding="utf-8") as output:

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 import detseg
 from detseg.data import Orchard
 from detseg.data.transforms import DetectionTrain
-from detseg.engine import batch_finder
-from detseg.engine.batch_finder import Attempt, find_batch, override_line, search, try_size
-from detseg.engine.batch_trial import means_memory, prepare
-from detseg.engine.worst_batch import Worst, batch_of, find_worst, read_worst
+from detseg.engine.finders import batch_finder
+from detseg.engine.finders.batch_finder import Attempt, find_batch, override_line, search, try_size
+from detseg.engine.finders.batch_trial import means_memory, prepare
+from detseg.engine.finders.worst_batch import Worst, batch_of, find_worst, read_worst
 from detseg.structures import Target
 
 TINY = ["trainer=cpu", "data.train_images=16", "data.val_images=2", "data.num_workers=0", "data.image_size=64"]

@@ -6,7 +6,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from detseg.config import ConfigError
-from detseg.engine.space import Choice, Interval, read_space, typed
+from detseg.engine.sweeps.space import Choice, Interval, read_space, typed
 
 
 def one(text: str) -> Choice | Interval:

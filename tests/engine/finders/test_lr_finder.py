@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import detseg
 from detseg.cli.main import main
 from detseg.config import ConfigError
-from detseg.engine.lr_finder import find_lr, read_curve, smooth
+from detseg.engine.finders.lr_finder import find_lr, read_curve, smooth
 from detseg.tasks.schedules import Ramp, ramp
 
 TINY = [

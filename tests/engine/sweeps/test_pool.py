@@ -13,9 +13,9 @@ import pytest
 
 import stub_study
 from detseg.config import ConfigError, load_config
-from detseg.engine.pool import LOG, Order, Pool, Slot, slots, visible_gpus
-from detseg.engine.record import RECORD, TrialRecord
-from detseg.engine.study import plain
+from detseg.engine.sweeps.pool import LOG, Order, Pool, Slot, slots, visible_gpus
+from detseg.engine.sweeps.record import RECORD, TrialRecord
+from detseg.engine.sweeps.study import plain
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +118,7 @@ def test_records_survive_their_file_and_say_what_is_missing(tmp_path: Path, monk
     monkeypatch.setenv("SOME_TOKEN", "xyzzy-12345")
     failed = record.failed("no entry\n with xyzzy-12345", seconds=1.0)
     assert failed.error == "no entry with <SOME_TOKEN>"
-    from detseg.engine.record import write_record
+    from detseg.engine.sweeps.record import write_record
 
     write_record(tmp_path / RECORD, failed)
     assert TrialRecord.read(tmp_path) == failed and TrialRecord.read(tmp_path / "nothing") is None

@@ -1,0 +1,1 @@
+"""Short runs that find a number: a learning rate, the largest batch."""
