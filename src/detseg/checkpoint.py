@@ -101,13 +101,14 @@ def check_resume(model: nn.Module, path: str | Path, class_names: Sequence[str])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into host memory with ``weights_only=True``.
+    """Read a checkpoint into host memory with ``weights_only=True``; of a run's directory, its best one.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds more than plain values and tensors, or is no checkpoint at all.
     """
-    found = read_plain(path, "checkpoint")
+    best = Path(path) / "checkpoints" / "best.ckpt"
+    found = read_plain(best if best.is_file() else path, "checkpoint")
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint {path} holds a {type(found).__name__}, not a dictionary")
     return found

@@ -104,7 +104,8 @@ def check_start(cfg: DictConfig) -> None:
     directory = Path(cfg.paths.output_dir)
     if is_first_process() and is_running(directory):
         raise ConfigError(f"{directory}: another process trains there")
-    if is_first_process() and (directory / "resolved.yaml").exists() and not goes_on(cfg):
+    traces = [directory / "resolved.yaml", *directory.glob("checkpoints/*.ckpt")]  # a task fitted by hand leaves those
+    if is_first_process() and any(path.exists() for path in traces) and not goes_on(cfg):
         raise ConfigError(f"{directory} holds a run already, and nothing is overwritten; choose another name")
     for key in ("resume", "init_from"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
@@ -126,8 +127,9 @@ def begin(run: Run) -> None:
         directory = Path(run.cfg.paths.output_dir)
         if goes_on(run.cfg):
             log.info("going on from %s", run.cfg.resume)
-            say_differences(run.cfg, directory)
             (directory / FIGURES).unlink(missing_ok=True)
+        if run.cfg.resume is not None:
+            say_differences(run.cfg, directory)
         write_run_files(run.cfg, directory)
         log.info(describe(run))
         said = rate_line(run.cfg)

@@ -12,8 +12,9 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from detseg.checkpoint import load
 from detseg.cli.main import main
-from detseg.config import ConfigError, load_config
+from detseg.config import ConfigError, build, load_config
 from detseg.engine.resume import held, is_running, requeued
 from detseg.experiment import train, train_here
 
@@ -151,6 +152,43 @@ class TestGoOn:
         assert f"passed over: {last} is damaged" in caplog.text + (run / "train.log").read_text()
         assert steps(run) == whole and len(whole) == 6
         assert torch.load(last, weights_only=True)["global_step"] == 6
+
+    def test_where_all_checkpoints_are_damaged_nothing_starts_anew(
+        self, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        assert main(["train", *QUICK, "trainer.max_epochs=1"]) == 0
+        (run,) = runs(in_tmp)
+        for path in (run / "checkpoints").glob("*.ckpt"):
+            path.unlink()
+            path.write_bytes(b"")
+        before = (run / "csv" / "metrics.csv").read_text()
+        assert main(["train", f"resume={run}"]) == 2
+        assert "none of its checkpoints can be read (best.ckpt, last.ckpt)" in capsys.readouterr().err
+        assert (run / "csv" / "metrics.csv").read_text() == before and (run / "resolved.yaml").exists()
+
+    def test_a_branch_says_what_differs_from_its_checkpoint(self, in_tmp: Path, caplog: pytest.LogCaptureFixture):
+        assert main(["train", *QUICK]) == 0
+        (run,) = runs(in_tmp)
+        last = run / "checkpoints" / "last.ckpt"
+        other = [text for text in QUICK if not text.startswith("data.batch_size")]
+        assert (
+            main(["train", f"resume={last}", "name=branch", *other, "data.batch_size=3", "trainer.max_epochs=3"]) == 0
+        )
+        (branch,) = runs(in_tmp, "branch")
+        told = caplog.text + (branch / "train.log").read_text()
+        assert "goes on with data.batch_size=3, it was 2" in told and "trainer.max_epochs=3, it was 2" in told
+        assert "output_dir" not in told and "dirpath" not in told and " name=" not in told
+
+    def test_a_directory_that_was_fitted_into_by_hand_is_not_trained_over(self, in_tmp: Path):
+        cfg = load_config(*QUICK, "trainer.max_epochs=1")
+        run = build(cfg)
+        run.trainer.fit(run.task, run.data)
+        best = Path(cfg.paths.output_dir) / "checkpoints" / "best.ckpt"
+        written = best.stat().st_mtime_ns
+        with pytest.raises(ConfigError, match="holds a run already"):
+            train(cfg)
+        assert best.stat().st_mtime_ns == written
+        assert load(cfg.paths.output_dir).class_names == load(best).class_names, "a directory stands for its best"
 
     def test_a_notebook_goes_on_too(self, in_tmp: Path):
         outcome = train(load_config(*QUICK))

@@ -232,16 +232,22 @@ def settle_trial(cfg: DictConfig) -> Outcome | None:
 
 
 def say_differences(cfg: DictConfig, directory: Path) -> None:
-    """Log which keys of a run that goes on differ from what it was."""
-    if not (directory / BEFORE).is_file():
-        return
-    before = dict(_flat(OmegaConf.to_container(OmegaConf.load(directory / BEFORE), resolve=False)))
-    after = dict(_flat(OmegaConf.to_container(cfg, resolve=True)))
-    moved = str(before.get("paths.output_dir")), str(after.get("paths.output_dir"))
-    for key in sorted(before.keys() | after.keys() - {"resume"}):
-        old, new = before.get(key), after.get(key)
-        if str(old).replace(*moved) != str(new) and key != "resume" and "${" not in str(old):
-            log.warning("%s goes on with %s=%s, it was %s", directory, key, new, old)
+    """Log which keys of a run that goes on differ from what it was: in its directory, or by its checkpoint's stamp."""
+    from detseg.checkpoint import read_stamp
+
+    stays, path = goes_on(cfg), directory / BEFORE
+    if stays:
+        before = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
+    else:
+        before = read_stamp(cfg.resume).get("config") or {}
+    old = dict(_flat(before))
+    new = dict(_flat(OmegaConf.to_container(cfg, resolve=True))) if old else {}
+    moved = str(old.get("paths.output_dir")), str(new.get("paths.output_dir"))
+    own = {"resume"} if stays else {"resume", "name"}  # a branch may well have a name of its own
+    for key in sorted((old.keys() | new.keys()) - own):
+        was, now = old.get(key), new.get(key)
+        if str(was).replace(*moved) != str(now) and "${" not in str(was):
+            log.warning("%s goes on with %s=%s, it was %s", directory if stays else cfg.resume, key, now, was)
 
 
 @contextmanager
@@ -301,7 +307,13 @@ def _go_on_from(directory: Path) -> Path | None:
         raise ConfigError(f"resume={directory}: it is running; wait for its end, or end it")
     newest = newest_checkpoint(directory)
     if newest is None:
-        log.warning("%s has no checkpoint that could be read: it starts anew", directory)
+        damaged = sorted(path.name for path in directory.glob("checkpoints/*.ckpt*"))
+        if damaged:
+            raise ConfigError(
+                f"resume={directory}: none of its checkpoints can be read ({', '.join(damaged)}); put a whole copy "
+                "of one there, or begin anew by the command without resume"
+            )
+        log.warning("%s had no checkpoint yet: it starts anew", directory)
         (directory / RESOLVED).unlink(missing_ok=True)
     return newest
 

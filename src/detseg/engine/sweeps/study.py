@@ -154,6 +154,8 @@ def _checked(request: Request) -> DictConfig:
     cfg = request.compose()
     if cfg.tune.seeds and "seed" in space.dimensions:
         raise ConfigError("seed is searched and tune.seeds repeats every trial; give one of them")
+    if cfg.tune.sampler not in ("tpe", "random", "grid"):
+        raise ConfigError(f"tune.sampler={cfg.tune.sampler}: choose tpe, random or grid")
     if cfg.tune.sampler == "grid":
         space.grid()
     if cfg.tune.pruner not in ("median", "none"):
@@ -305,8 +307,6 @@ def _sampler(settings: DictConfig, *, drawn: int, workers: int) -> Any:
     seed = (int(settings.seed) * 1_000_003 + drawn) % 2**32  # NumPy takes no larger one
     if settings.sampler in ("random", "grid"):
         return optuna.samplers.RandomSampler(seed=seed)
-    if settings.sampler != "tpe":
-        raise ConfigError(f"tune.sampler={settings.sampler}: choose tpe, random or grid")
     with warnings.catch_warnings():  # constant_liar: an experiment in Optuna 4, the default in 5
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=settings.startup, constant_liar=workers > 1)
