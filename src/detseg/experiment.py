@@ -132,9 +132,7 @@ def begin(run: Run) -> None:
             say_differences(run.cfg, directory)
         write_run_files(run.cfg, directory)
         log.info(describe(run))
-        said = rate_line(run.cfg)
-        if said:
-            log.info(said)
+        log.info(rate_line(run.cfg))
 
 
 def fit(run: Run) -> None:
@@ -190,12 +188,11 @@ def describe(run: Run) -> str:
 
 
 def rate_line(cfg: DictConfig) -> str:
-    """Return one line about the learning rate, where another number of images than its own decides it; else nothing."""
+    """Return one line about the learning rate and how it follows the images per step."""
     from detseg.config import instantiate
     from detseg.engine.rates import scaling
 
-    how = scaling(cfg, instantiate(cfg.optimizer, allow=list(cfg.allow), path="optimizer"))
-    return str(how) if how.images != how.base else ""
+    return str(scaling(cfg, instantiate(cfg.optimizer, allow=list(cfg.allow), path="optimizer")))
 
 
 def best_checkpoint(run: Run) -> Path | None:

@@ -45,8 +45,13 @@ def test_the_rule_is_said_in_one_line():
     cfg = prepared("optimizer=adamw", "optimizer.lr=0.002")
     said = str(scaling(cfg, instantiate(cfg.optimizer)))
     assert said.startswith("learning rate 0.002828: 0.002 is for 4 images a step, there are 8")
-    assert "AdamW's follows them as its square root" in said
+    assert "AdamW's follows them by the square root (lr_rule=sqrt)" in said
     assert "\n" not in said
+    one = prepared("optimizer=sgd", "optimizer.lr=0.01", "trainer=cpu")
+    said = str(scaling(one, instantiate(one.optimizer)))
+    assert (
+        said == "learning rate 0.01 for 4 images a step; with more, SGD's follows them in proportion (lr_rule=linear)"
+    )
 
 
 def test_unknown_optimisers_keep_their_rate():

@@ -53,10 +53,13 @@ class Scaling:
         return {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.rule]
 
     def __str__(self) -> str:
-        named = {"linear": "in proportion", "sqrt": "as its square root", "none": "not at all"}[self.rule]
+        named = {"linear": "in proportion", "sqrt": "by the square root", "none": "not at all"}[self.rule]
+        rule = f"{self.optimizer}'s follows them {named} (lr_rule={self.rule})"
+        if self.images == self.base:
+            return f"learning rate {self.rate:.4g} for {self.images} images a step; with more, {rule}"
         return (
             f"learning rate {self.rate * self.factor:.4g}: {self.rate:.4g} is for {self.base} images a step, there are "
-            f"{self.images}, and {self.optimizer}'s follows them {named} (lr_rule)"
+            f"{self.images}, and {rule}"
         )
 
 
