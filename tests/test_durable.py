@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -297,17 +298,22 @@ def test_a_read_only_directory_is_an_error(small_disk):
     assert newest_valid(place) == place / "last.ckpt" and check_seal(place / "last.ckpt").step == 1
 
 
-def test_a_directory_that_one_may_not_write_is_an_error(tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    write_sealed(content(1), tmp_path / "last.ckpt")
-    tmp_path.chmod(0o500)
+def test_a_directory_that_one_may_not_write_is_an_error():
+    place, root = Path(tempfile.mkdtemp()), os.geteuid() == 0  # of pytest's own only its owner may look into
+    write_sealed(content(1), place / "last.ckpt")
+    place.chmod(0o555)
     try:
+        if root:
+            os.seteuid(65534)  # nobody: root may write everywhere
         with pytest.raises(WriteFailed, match="Permission denied"):
-            write_sealed(content(2), tmp_path / "last.ckpt")
+            write_sealed(content(2), place / "last.ckpt")
     finally:
-        tmp_path.chmod(0o700)
-    assert check_seal(tmp_path / "last.ckpt").step == 1
+        if root:
+            os.seteuid(0)
+        place.chmod(0o700)
+    assert check_seal(place / "last.ckpt").step == 1
+    assert os.listdir(place) == ["last.ckpt"]
+    shutil.rmtree(place)
 
 
 def test_an_interruption_passes_through_and_leaves_nothing(tmp_path, monkeypatch):
