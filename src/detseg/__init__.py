@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import detseg.visualize as visualize
     from detseg.checkpoint import load
     from detseg.config import build, instantiate, load_config
+    from detseg.experiment import train
     from detseg.structures import Batch, Detections, PanopticMap, SemanticMap, Target
     from detseg.visualize import draw
 
@@ -31,6 +32,7 @@ _HOMES = {
     "instantiate": "detseg.config",
     "load": "detseg.checkpoint",
     "load_config": "detseg.config",
+    "train": "detseg.experiment",
 }
 """Public name -> module that defines it."""
 
@@ -54,6 +56,7 @@ __all__ = [
     "metrics",
     "models",
     "structures",
+    "train",
     "visualize",
 ]
 
