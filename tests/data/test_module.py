@@ -3,7 +3,8 @@ from __future__ import annotations
 import logging
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -225,3 +226,33 @@ def test_what_the_check_found_is_told(tmp_path: Path, caplog: pytest.LogCaptureF
         data.setup("fit")
     assert "not asked for" in caplog.text and caplog.records[0].levelno == logging.WARNING
     assert data.report["train"].images == 4
+
+
+def test_a_batch_goes_to_a_gpu_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning asks for that of tensors alone; a batch is a structure that moves its own."""
+    data = PlainData({"train": 4}, batch_size=2)
+    batch = next(iter(data.train_dataloader()))
+    asked: list[bool] = []
+    to = torch.Tensor.to
+
+    def recorded(self: Tensor, device: Any, *, non_blocking: bool) -> Tensor:
+        asked.append(non_blocking)
+        return to(self, "meta")
+
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    moved = data.transfer_batch_to_device(batch, torch.device("cuda", 0), 0)
+    data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert moved.images.device.type == "meta" and set(asked[: len(asked) // 2]) == {True}
+    assert set(asked[len(asked) // 2 :]) == {False} and len(asked) > 4
+
+
+def test_batches_are_pinned_where_the_trainer_has_a_gpu() -> None:
+    """Not where there merely is one: pinning starts CUDA, which takes room on it."""
+    data = PlainData({"train": 4}, batch_size=2)
+    assert data.train_dataloader().pin_memory is False
+    for kind in ("cpu", "cuda"):
+        strategy = SimpleNamespace(root_device=torch.device(kind))
+        data.trainer = cast(Any, SimpleNamespace(global_rank=0, world_size=1, strategy=strategy))
+        assert data.train_dataloader().pin_memory is (kind == "cuda")
+    data.pin_memory = False
+    assert data.train_dataloader().pin_memory is False

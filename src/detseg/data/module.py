@@ -46,7 +46,7 @@ class DetectionData(L.LightningDataModule):
         size_divisor: batches are padded to multiples of this many pixels.
         seed: of the order of training images and of the augmentation.
         drop_last: leave out a last, smaller training batch (other images each epoch), unless it is the only one.
-        pin_memory: page-locked batches, which copy faster to a GPU; ``None``: where there is one.
+        pin_memory: page-locked batches, which copy faster to a GPU; ``None``: where a trainer uses one.
 
     Raises:
         DataError: from the first use of the files: they disagree with what was asked for, or cannot be repaired.
@@ -85,7 +85,7 @@ class DetectionData(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.size_divisor, self.drop_last = num_workers, size_divisor, drop_last
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.pin_memory = pin_memory
         self.last_batch: Batch | None = None
         """The batch of the step that runs or ran last, as the loader gave it, in host memory."""
         self._read: dict[str, SampleDataset] = {}
@@ -175,6 +175,10 @@ class DetectionData(L.LightningDataModule):
         self.last_batch = batch
         return batch
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Copy a batch without waiting for each of its tensors, as Lightning would: it knows tensors alone."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn uint8 images into float in [0, 1], on the device that they are on by now."""
         if batch.images.dtype != torch.uint8:
@@ -210,6 +214,11 @@ class DetectionData(L.LightningDataModule):
     def _any_split(self) -> SampleDataset:
         return next(iter(self._read.values())) if self._read else self.dataset(self.splits[0])
 
+    def _uses_gpu(self) -> bool:
+        """Say whether the trainer does; pinning on a CPU would start CUDA, which takes room on a GPU of others."""
+        strategy = getattr(self.trainer, "strategy", None)
+        return strategy is not None and bool(strategy.root_device.type == "cuda")
+
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
@@ -229,7 +238,7 @@ class DetectionData(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=partial(ship, pack) if self.num_workers else pack,
             worker_init_fn=calm_worker,
-            pin_memory=self.pin_memory,
+            pin_memory=self._uses_gpu() if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # of its own: drawing from the global one would tie
             # the weights' random numbers to how often a loader was iterated
