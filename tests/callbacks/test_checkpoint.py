@@ -393,3 +393,31 @@ def test_the_verbs_say_in_one_line_what_is_wrong_with_a_file(tmp_path, capsys, m
         assert main([verb, f"ckpt={name}.ckpt", *extra]) == 1
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2 and told in lines[0] and f"{name}.ckpt" in lines[0], (name, lines)
+
+
+class Clock:
+    """Seconds of two processes' run, and how often the first one told the other."""
+
+    def __init__(self) -> None:
+        self.now, self.told = 0.0, 0
+        self.world_size, self.global_step, self.strategy = 2, 0, self
+
+    def broadcast(self, value: Any) -> Any:
+        self.told += 1
+        return value
+
+
+@pytest.mark.parametrize("pace", [0.05, 1.0, 240.0])
+def test_processes_look_at_the_clock_ever_more_often_as_the_time_comes_near(pace, monkeypatch):
+    """Telling each other waits for the device: not in every step. 240 s a step is nearly half of the ten minutes."""
+    clock = Clock()
+    monkeypatch.setattr("detseg.callbacks.checkpoint.time.monotonic", lambda: clock.now)
+    callback, up = Checkpoint(last_every_n_minutes=10), []
+    callback.on_train_start(clock, None)
+    while len(up) < 3:
+        clock.global_step, clock.now = clock.global_step + 1, clock.now + pace
+        if callback._time_is_up(clock):
+            up.append(clock.now)
+            callback._written = clock.now
+    assert all(600 <= b - a < 600 + 1.5 * pace for a, b in zip([0.0, *up], up, strict=False))
+    assert clock.told <= min(3 * 20, clock.global_step)

@@ -89,6 +89,8 @@ class Checkpoint(ModelCheckpoint):
         self.last_every_n_steps, self.last_every_n_minutes = last_every_n_steps, last_every_n_minutes
         self._counted = 0  # the optimiser step at which the triggers within an epoch were looked at
         self._written = time.monotonic()  # when last.ckpt was written
+        self._looked = 0, self._written  # the step at which the first process's clock was looked at, and when
+        self._look_at = 0  # the step at which it is again
         self._trainer: L.Trainer | None = None  # while a checkpoint is being loaded
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -109,6 +111,7 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start counting steps and minutes."""
         self._counted, self._written = trainer.global_step, time.monotonic()
+        self._looked, self._look_at = (self._counted, self._written), 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,10 +122,25 @@ class Checkpoint(ModelCheckpoint):
             return
         self._counted = step
         due = self.last_every_n_steps is not None and step % self.last_every_n_steps == 0
-        if not due and self.last_every_n_minutes is not None:
-            due = trainer.strategy.broadcast(time.monotonic() - self._written >= 60 * self.last_every_n_minutes)
-        if due:
+        if due or self._time_is_up(trainer):
             self.write_last(trainer)
+
+    def _time_is_up(self, trainer: L.Trainer) -> bool:
+        """Look at the first process's clock: of several, at each step that is half way to when it will be up.
+
+        Telling the others makes every process wait for its device, which in each step would cost more than saving.
+        """
+        if self.last_every_n_minutes is None or trainer.global_step < self._look_at:
+            return False
+        now = time.monotonic()
+        left = 60 * self.last_every_n_minutes - (now - self._written)
+        if trainer.world_size > 1:
+            (step, then), self._looked = self._looked, (trainer.global_step, now)
+            pace = (now - then) / max(1, trainer.global_step - step)  # seconds
+            ahead = max(1, int(left / 2 / pace)) if left > 0 and pace > 0 else 1
+            left, ahead = trainer.strategy.broadcast((left, ahead))
+            self._look_at = trainer.global_step + ahead
+        return left <= 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare and write, where validation is not the last thing in an epoch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
 
 Value = TypeVar("Value")
 
@@ -21,3 +21,10 @@ def gather(value: Value) -> list[Value]:
     found: list[Value] = [value] * world_size()
     distributed.all_gather_object(found, value)
     return found
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Return the mean over all processes; Lightning's has them wait for each other, and for their devices, before."""
+    values = values.clone()
+    distributed.all_reduce(values)
+    return values / world_size()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from detseg.tasks.processes import gather
+from detseg.tasks.processes import gather, mean_over_processes
 
 
 @dataclass
@@ -85,7 +85,7 @@ class TrainRow:
         if self._batches > 1:
             values = values / self._batches
         if trainer.world_size > 1:
-            values = trainer.strategy.reduce(values, reduce_op="mean")
+            values = mean_over_processes(values)
         for shown in (trainer.callback_metrics, trainer.logged_metrics):
             shown.update(zip(self._names, values.unbind(), strict=True))
         if not trainer.loggers or not trainer.is_global_zero:
