@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -107,3 +108,14 @@ def test_validate_after_fit_measures_the_checkpoint_that_was_loaded(tmp_path):
 def test_settings_outside_their_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         EMA(**settings)
+
+
+def test_the_average_lies_beside_the_weights_and_its_count_on_the_host(tmp_path):
+    """Lightning copies the model before it goes to its device; each step would then bring all weights to the host."""
+    task, average = TinyTask(), EMA(decay=0.8)
+    fit(task, tmp_path, average, epochs=1)
+    average.on_fit_start(task.trainer, SimpleNamespace(device=torch.device("meta")))
+    inner = average._average_model
+    assert {value.device.type for value in inner.module.parameters()} == {"meta"}
+    assert {value.device.type for value in inner.module.buffers()} == {"meta"}
+    assert inner.n_averaged.device.type == "cpu" and int(inner.n_averaged) == 6

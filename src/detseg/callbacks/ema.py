@@ -7,13 +7,15 @@ Built on Lightning's ``WeightAveraging``; what differs is said at each method.
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 
 def ema_decay(updates: int, *, decay: float, warmup: float) -> float:
@@ -46,8 +48,7 @@ class EMA(WeightAveraging):
         """Whether the model holds the average and the average model the training weights, as in validation."""
         super().__init__(use_buffers=True, multi_avg_fn=self._average)
 
-    @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+    def _average(self, averaged: list[Tensor], current: list[Tensor], updates: int | Tensor) -> None:
         """Move ``averaged``, tensors of one type, towards ``current`` in place."""
         if not averaged[0].is_floating_point():  # Lightning would average batch counts and truncate them
             torch._foreach_copy_(averaged, current)
@@ -56,6 +57,43 @@ class EMA(WeightAveraging):
             current = [value.to(average.dtype) for value, average in zip(current, averaged, strict=True)]
         weight = 1 - ema_decay(int(updates), decay=self.decay, warmup=self.warmup)
         torch._foreach_lerp_(averaged, current, weight)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the average beside the weights.
+
+        Lightning copies the model before it is on its device: each step would bring all weights to the host and wait.
+        The number of updates stays there, where reading it waits for nothing.
+        """
+        average = cast(AveragedModel, self._average_model)
+        count = average.n_averaged.cpu()
+        average.to(pl_module.device)
+        average.n_averaged = count
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average after an optimiser step."""
+        if trainer.global_step > self._latest_update_step and self.should_update(step_idx=trainer.global_step - 1):
+            self._update(pl_module)
+            self._latest_update_step = trainer.global_step
+
+    @torch.no_grad()
+    def _update(self, pl_module: L.LightningModule) -> None:
+        """Do what ``AveragedModel.update_parameters`` does, which sends its count to the device and back."""
+        average = cast(AveragedModel, self._average_model)
+        updates = int(average.n_averaged)
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        theirs = chain(pl_module.parameters(), pl_module.buffers())
+        for own, value in zip(chain(average.module.parameters(), average.module.buffers()), theirs, strict=True):
+            averaged, current = groups.setdefault((own.device, own.dtype), ([], []))
+            averaged.append(own.detach())
+            current.append(value.detach())
+        for averaged, current in groups.values():
+            if updates:
+                self._average(averaged, current, updates)
+            else:
+                torch._foreach_copy_(averaged, current)
+        average.n_averaged += 1
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in place, inside ``fit`` alone.
