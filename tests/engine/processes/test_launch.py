@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from torch import nn
 
 from detseg.config import ConfigError, build, load_config
 from detseg.engine.errors import WorkerFailed, exit_code, said
 from detseg.engine.processes import desk, meeting
 from detseg.engine.processes.launch import agent_command, environment, failure, trouble
-from detseg.engine.processes.plan import Plan, launches, plan, write_config
+from detseg.engine.processes.plan import Plan, launches, local_processes, plan, write_config
 from detseg.experiment import check_start
 from ranks import free_port
 
@@ -183,3 +184,22 @@ def test_batch_norm_over_all_devices_is_a_key_and_its_checkpoints_are_everybodys
     assert len(plain) > 5 and set(model.state_dict()) == keys
     with pytest.raises(ConfigError, match="sync_batchnorm=true needs GPUs"):
         check_start(cfg)
+
+
+def test_which_gpus_were_named_reaches_the_workers(tmp_path: Path):
+    path = tmp_path / "resolved.yaml"
+    for typed, kept in (('trainer.devices="2,3"', "2,3"), ("trainer.devices=[2,3]", [2, 3])):
+        cfg = load_config("trainer=ddp", typed)
+        wanted = plan(cfg)
+        write_config(cfg, path, wanted)
+        assert wanted.local == 2 and OmegaConf.load(path).trainer.devices == kept
+
+
+def test_all_gpus_of_a_machine_of_slurms_are_not_counted_here():
+    """Where jobs are submitted there may be none, and one process would train on one of eight."""
+    with pytest.raises(ConfigError, match=r"say how many by trainer.devices or slurm.gpus_per_node"):
+        local_processes(OmegaConf.create({"devices": -1, "accelerator": "gpu"}), OmegaConf.create({}))
+    options = OmegaConf.create({"gpus_per_node": 8})
+    assert local_processes(OmegaConf.create({"devices": -1, "accelerator": "gpu"}), options) == 8
+    assert local_processes(OmegaConf.create({"devices": 4, "accelerator": "gpu"}), options) == 4
+    assert local_processes(OmegaConf.create({"devices": "auto", "accelerator": "cpu"}), options) == 1

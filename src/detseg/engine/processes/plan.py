@@ -10,6 +10,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from detseg.atomic import write_atomic
+from detseg.config import ConfigError
 from detseg.secrecy import veil
 
 LATE = ("data.num_classes", "oc.env:")
@@ -43,11 +44,21 @@ class Plan:
 def plan(cfg: DictConfig) -> Plan:
     """Return the processes that ``cfg`` asks for; without starting a device, as a fork may follow."""
     nodes = int(cfg.get("nodes") or cfg.trainer.num_nodes)
-    return Plan(local=local_processes(cfg.trainer), nodes=nodes, rendezvous=str(cfg.get("rdzv") or ""))
+    return Plan(
+        local=local_processes(cfg.trainer, cfg.get("slurm")), nodes=nodes, rendezvous=str(cfg.get("rdzv") or "")
+    )
 
 
-def local_processes(trainer: DictConfig) -> int:
-    """Return how many processes one machine gets: one per device, as Lightning reads ``trainer.devices``."""
+def local_processes(trainer: DictConfig, slurm: DictConfig | None = None) -> int:
+    """Return how many processes one machine gets: one per device, as Lightning reads ``trainer.devices``.
+
+    Args:
+        trainer: the key.
+        slurm: the key, where the machines are others than this one, whose GPUs then say nothing.
+
+    Raises:
+        ConfigError: all GPUs of a machine of Slurm's are wanted, and nothing says how many it has.
+    """
     devices, accelerator = trainer.devices, str(trainer.accelerator)
     if isinstance(devices, list | tuple | ListConfig):
         return len(devices)
@@ -56,7 +67,16 @@ def local_processes(trainer: DictConfig) -> int:
     text = str(devices).strip()
     if text not in ("auto", "-1"):
         return int(text)
-    return max(1, _gpus()) if accelerator in ("auto", "gpu", "cuda") else 1
+    if accelerator not in ("auto", "gpu", "cuda"):
+        return 1
+    if slurm is not None and slurm.get("gpus_per_node") is not None:
+        return max(1, int(slurm.gpus_per_node))
+    if slurm is not None and accelerator != "auto" and not is_worker() and _gpus() == 0:
+        raise ConfigError(
+            f"trainer.devices={text}: all GPUs of a machine of Slurm's, of which this one knows nothing; say how many "
+            "by trainer.devices or slurm.gpus_per_node"
+        )
+    return max(1, _gpus())
 
 
 def _gpus() -> int:
@@ -86,8 +106,8 @@ def write_config(cfg: DictConfig, path: Path, wanted: Plan) -> None:
         wanted: the processes, whose numbers are written in place of ``auto`` and ``-1``.
     """
     settled = cast(DictConfig, OmegaConf.create(veil(settle(cfg))))
-    if not isinstance(settled.trainer.devices, ListConfig):
-        settled.trainer.devices = wanted.local
+    if not isinstance(settled.trainer.devices, ListConfig) and "," not in str(settled.trainer.devices):
+        settled.trainer.devices = wanted.local  # a list of GPUs stays, as it says which
     settled.trainer.num_nodes = wanted.nodes
     write_atomic(path, OmegaConf.to_yaml(settled))
 

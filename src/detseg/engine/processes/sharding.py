@@ -59,8 +59,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 )
         self.accelerator.setup(trainer)
         self.model_to_device()
+        self.model = self.precision_plugin.convert_module(self.model)  # before, as it may replace what is sharded
         shard(cast(nn.Module, self.lightning_module.model), self.device_mesh["data_parallel"])
-        self.model = self.precision_plugin.convert_module(self.model)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
