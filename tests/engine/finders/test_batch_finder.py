@@ -17,7 +17,7 @@ from detseg.data import Orchard
 from detseg.data.transforms import DetectionTrain
 from detseg.engine.finders import batch_finder
 from detseg.engine.finders.batch_finder import Attempt, find_batch, override_line, search, try_size
-from detseg.engine.finders.batch_trial import means_memory, prepare
+from detseg.engine.finders.batch_trial import first_device, means_memory, prepare
 from detseg.engine.finders.worst_batch import Worst, batch_of, find_worst, read_worst
 from detseg.structures import Target
 
@@ -172,3 +172,8 @@ def test_real_trials_within_a_limit(in_tmp: Path):
     full = try_size(16, directory, limit=int(1.5e9))
     assert not full.fits and full.reason != "" and signal.SIGTERM.name not in full.reason
     assert not (directory / "16.json").exists() or "memory" in json.loads((directory / "16.json").read_text())
+
+
+def test_a_trial_is_on_the_first_of_the_named_devices():
+    assert [first_device(devices) for devices in ("auto", -1, 4, "2")] == [1, 1, 1, 1]
+    assert first_device([3, 1]) == first_device("3,1") == [3]

@@ -27,6 +27,9 @@ KEPT = ("ema", "compile")
 ONEDNN = ("could not create a primitive", "could not create a memory")
 """What oneDNN says where it finds no memory, and elsewhere; of a model that trained with fewer images it is memory."""
 
+CUDNN = "unable to find an engine to execute this computation"
+"""What cuDNN says where no kernel's workspace fits, and elsewhere; taken as oneDNN's words are."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Try, and write what came out as JSON; return 0 where there is a result, also one of too little memory."""
@@ -62,8 +65,6 @@ def confine(limit: int) -> None:
 
 def attempt(cfg: DictConfig, worst_file: Path, images: int, share: float) -> dict[str, Any]:
     """Take two steps with ``images`` images; return peak memory in bytes and seconds of the second step."""
-    if torch.cuda.is_available() and share < 1:
-        torch.cuda.set_per_process_memory_fraction(share)
     steps, accumulated = 2, min(2, cfg.trainer.accumulate_grad_batches)
     prepare(cfg, steps, accumulated)
     data = WorstData(
@@ -74,10 +75,13 @@ def attempt(cfg: DictConfig, worst_file: Path, images: int, share: float) -> dic
     )
     task = build_task(cfg, class_names=list(cfg.find.class_names))
     trainer = build_trainer(cfg)
+    place = trainer.strategy.root_device
+    if place.type == "cuda" and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, place)
     clock = Clock()
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]  # a list; Lightning types it away
     trainer.fit(task, datamodule=data)
-    return {"bytes": peak_memory(), "seconds": clock.last}
+    return {"bytes": peak_memory(place), "seconds": clock.last}
 
 
 def prepare(cfg: DictConfig, steps: int, accumulated: int) -> None:
@@ -88,18 +92,26 @@ def prepare(cfg: DictConfig, steps: int, accumulated: int) -> None:
     cfg.trainer.update(max_steps=steps, max_epochs=1, max_time=None, accumulate_grad_batches=accumulated)
     cfg.trainer.update(limit_train_batches=None, limit_val_batches=0, num_sanity_val_steps=0, overfit_batches=0.0)
     cfg.trainer.update(enable_checkpointing=False, enable_progress_bar=False, fast_dev_run=False)
-    cfg.trainer.update(devices=1, num_nodes=1, strategy="auto")
+    cfg.trainer.update(devices=first_device(cfg.trainer.devices), num_nodes=1, strategy="auto")
+
+
+def first_device(devices: Any) -> Any:
+    """Return what has Lightning use one device: the first of those that the config names, else any."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(part) for part in devices.split(",") if part.strip()]
+    return 1 if isinstance(devices, str | int) else list(devices)[:1]
 
 
 def means_memory(error: BaseException) -> bool:
     """Say whether an error means that there was too little memory."""
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and str(error).startswith(ONEDNN))
+    text = str(error)
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and (text.startswith(ONEDNN) or CUDNN in text))
 
 
-def peak_memory() -> int:
-    """Return the most bytes that this process has taken: of its GPU where it used one, else of the machine."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-        return int(torch.cuda.max_memory_reserved())
+def peak_memory(place: torch.device) -> int:
+    """Return the most bytes that this process has taken: of ``place`` where that is a GPU, else of the machine."""
+    if place.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(place))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

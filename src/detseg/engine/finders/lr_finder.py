@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from detseg.config import ConfigError, build
+from detseg.engine.finders.batch_trial import first_device
 
 Array = NDArray[np.float64]
 
@@ -153,7 +154,7 @@ def _rising(cfg: DictConfig, peak: float) -> DictConfig:
     copy.trainer.update(max_steps=settings.steps, max_epochs=-1, max_time=None, min_epochs=None)
     copy.trainer.update(limit_val_batches=0, num_sanity_val_steps=0, fast_dev_run=False)
     copy.trainer.update(enable_checkpointing=False, enable_progress_bar=False)
-    copy.trainer.update(devices=1, num_nodes=1, strategy="auto")
+    copy.trainer.update(devices=first_device(copy.trainer.devices), num_nodes=1, strategy="auto")
     return copy
 
 
