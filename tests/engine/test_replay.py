@@ -11,6 +11,7 @@ import torch
 
 from detseg.callbacks import Guard
 from detseg.cli.main import main
+from detseg.engine.half import HalfWeights
 from detseg.engine.replay import describe, replay
 from guarded_models import BRIGHT, DARK, fit, images, make_task
 
@@ -46,6 +47,18 @@ class TestReplay:
         recorded = torch.load(path, weights_only=True)["windows"][0]["batches"][0]["terms"]
         first, second = replay(path, allow=ALLOW).terms[0], replay(path, allow=ALLOW).terms[0]
         assert first == second == {name: float(text) for name, text in recorded.items()}
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+    def test_losses_repeat_in_other_precisions_too(self, precision: str, tmp_path: Path):
+        """In bf16-true the norms and the images are in 32 bits and the products in 16, as in the run."""
+        plugins: dict[str, Any] = {"precision": precision}
+        if precision == "bf16-true":
+            plugins = {"plugins": [HalfWeights(device="cpu")]}
+        path = stopped(tmp_path, BRIGHT, **plugins)
+        content = torch.load(path, weights_only=True)
+        found, recorded = replay(path, allow=ALLOW), content["windows"][0]["batches"][0]["terms"]
+        assert content["precision"] == precision and found.reproduced and not found.layer
+        assert found.terms[0] == {name: float(text) for name, text in recorded.items()}
 
     def test_an_accumulated_step_is_done_whole(self, tmp_path: Path):
         found = replay(stopped(tmp_path, DARK, accumulate_grad_batches=2), allow=ALLOW)

@@ -18,6 +18,7 @@ from detseg.allow import build_plain, rules_for
 from detseg.callbacks.replay_file import REPLAY_FORMAT
 from detseg.checkpoint import model_state, read_stamp, without_downloads
 from detseg.config import ConfigError
+from detseg.engine.half import HalfWeights
 from detseg.nn.weights import load_weights, read_plain
 from detseg.stamp import STAMP_KEY
 from detseg.structures import Batch
@@ -31,8 +32,8 @@ is not finite, and the gradients that are not. Exit code 0 where that is reprodu
   device  cpu | cuda (default: as the run, where there is one); the same kind gives the same numbers
   allow   further packages that the file may build from; name only what you trust"""
 
-PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""What Lightning's names mean to autocast; all else runs in the weights' own type."""
+PRECISIONS = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+"""What the names of precisions mean to autocast; all else runs in the weights' own type."""
 
 
 @dataclass
@@ -184,10 +185,11 @@ def _build(content: Mapping[str, Any], path: str | Path, allow: Sequence[str]) -
     if not node:
         raise ValueError(f"{path}: the run's model was built by hand, so nothing says how; train it from a config")
     model = cast(nn.Module, build_plain(without_downloads(node), rules_for(allow)))
+    if content["precision"] == "bf16-true":
+        model = HalfWeights(device="cpu").convert_module(model)  # of which the products' place is not used here
+    elif content["precision"] == "64-true":
+        model = model.double()
     load_weights(model, model_state(content), source=f"replay file {path}")
-    if content["precision"].endswith("-true"):
-        kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-        model = model.to(kinds.get(content["precision"].partition("-")[0], torch.float32))
     model.train()
     for name in content["evaluating"]:
         model.get_submodule(name).training = False
@@ -200,7 +202,9 @@ def _step(model: nn.Module, entry: Mapping[str, Any], setting: _Setting) -> tupl
     """Do one batch forward and back; return its images' names and its loss terms."""
     batch: Batch = from_plain(entry["batch"]).to(setting.place)
     images = batch.images.float() / 255 if batch.images.dtype == torch.uint8 else batch.images  # (B, 3, H, W)
-    images = images.to(next(model.parameters()).dtype).contiguous(memory_format=setting.layout)
+    if setting.autocast is None:
+        images = images.to(next(model.parameters()).dtype)
+    images = images.contiguous(memory_format=setting.layout)
     torch.set_rng_state(entry["cpu"])
     if entry["cuda"] is not None and setting.place.type == "cuda":
         torch.cuda.set_rng_state(entry["cuda"], setting.place)
