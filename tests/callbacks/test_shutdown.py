@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from detseg.callbacks import Shutdown
-from detseg.callbacks.signals import HANDLED, code_of, listening, requeue
+from detseg.callbacks.signals import HANDLED, Signals, code_of, listening, requeue
 from shared import REPO
+from tiny_task import TinyTask, fit
 
 
 def run_trials(directory: Path, *trials: dict[str, Any]) -> list[int]:
@@ -236,3 +237,20 @@ def test_handlers_are_as_before_afterwards():
     assert signal.set_wakeup_fd(-1) == -1
     with pytest.raises(ValueError, match="grace must be positive, got 0"):
         Shutdown(grace=0)
+
+
+def test_figures_of_a_split_have_more_time_than_a_batch(tmp_path: Path):
+    """Counting those of a large split takes longer than the grace, which is for a neighbour that is dead."""
+    seen: list[tuple[str, bool]] = []
+
+    class Task(TinyTask):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            seen.append(("batch", Signals.active._saving))
+
+        def on_validation_epoch_end(self) -> None:
+            seen.append(("figures", Signals.active._saving))
+
+    fit(Task(), tmp_path, Shutdown(), epochs=2)
+    assert set(seen) == {("batch", False), ("figures", True)} and seen[-1] == ("figures", True)
+    assert [name for name, _ in seen].count("figures") == 2 and Signals.active is None

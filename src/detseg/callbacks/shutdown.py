@@ -89,6 +89,16 @@ class Shutdown(L.Callback):
         elif self._signals is not None:
             self._signals.beat()
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave time for the figures, which the task counts next, and for the best checkpoint."""
+        if self._signals is not None:
+            self._signals.save()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Expect batches again."""
+        if self._signals is not None:
+            self._signals.saved()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End if told to in the last moment; what there is to save was saved."""
         told = None if self._signals is None else self._signals.number

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAVING = 300.0
-"""Seconds that a process may take for its last checkpoint, where it would end after ``grace``."""
+"""Seconds that a process may take for a checkpoint and a split's figures, where it would end after ``grace``."""
 AT_ONCE = 5.0
 """Seconds that a process has after a second Ctrl-C."""
 
@@ -89,8 +89,13 @@ class Signals:
         self._last = time.monotonic()
 
     def save(self) -> None:
-        """Say that a checkpoint is being written, which takes its time."""
+        """Say that a checkpoint is being written, or a split's figures are counted, which takes its time."""
         self._saving = True
+        self.beat()
+
+    def saved(self) -> None:
+        """Say that this is done."""
+        self._saving = False
         self.beat()
 
     def leave(self, number: int) -> NoReturn:
@@ -141,7 +146,7 @@ class Signals:
                 os._exit(code_of(number))
             if Signals.active is not self:
                 return
-            time.sleep(max(0.1, left))
+            time.sleep(min(max(0.1, left), 1.0))  # the limit may become another
 
 
 @contextmanager
