@@ -4,7 +4,8 @@ Lightning is imported once, by this program, which forks a child per trial: a tr
 A plan is a list of trials: ``{"directory", "name", "resume", "options", "signal", "after"}``; the signal is sent once
 the first child's trace has ``after`` lines. The exit codes are printed as JSON. Further keys: ``ranks`` (processes that
 train together), ``to`` (which gets the signal), ``stop`` (which is stopped before, so that the others wait for it),
-``group``, ``times``, ``slow`` (seconds per validation batch), ``grace``.
+``group``, ``times``, ``slow`` (seconds per validation batch), ``stuck`` (seconds per training batch from ``after`` on),
+``grace``.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ def child(trial: dict[str, Any], rank: int) -> None:
         def on_validation_batch_end(self, *_: Any) -> None:
             time.sleep(trial.get("slow", 0))
 
+        def on_train_batch_end(self, *_: Any) -> None:
+            if len(trace.lines) >= trial.get("after", 0):
+                time.sleep(trial.get("stuck", 0))
+
     torch.set_num_threads(1)
     directory, name = Path(trial["directory"]), trial["name"] if rank == 0 else f"{trial['name']}.{rank}"
+    trace = noisy_run.Trace(directory / name)
     resume = newest_valid(directory / "checkpoints") if trial.get("resume") else None
     with listening():
         noisy_run.fit(
             directory, Shutdown(grace=trial.get("grace", 10)), Slow(), resume=resume,
-            trace=noisy_run.Trace(directory / name), **trial.get("options", {}),
+            trace=trace, **trial.get("options", {}),
         )  # fmt: skip
 
 

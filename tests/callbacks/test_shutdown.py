@@ -86,7 +86,7 @@ class TestToldToEnd:
 
     def test_a_second_interrupt_ends_at_once(self, tmp_path: Path):
         trial = {"directory": str(tmp_path / "run"), "name": "first", "signal": signal.SIGINT, "after": 5, "times": 2}
-        (code,) = run_trials(tmp_path, trial | {"slow": 0.5})
+        (code,) = run_trials(tmp_path, trial | {"stuck": 30})  # or the first might have ended it before the second came
         assert code == 130
         assert not list((tmp_path / "run").rglob("*.ckpt"))
         assert "Ctrl-C again ends it at once" in (tmp_path / "run" / "first.0.log").read_text()
