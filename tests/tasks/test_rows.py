@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -112,6 +113,19 @@ class TestTrainRows:
         again = Keeps()
         trainer(tmp_path, logger=again, max_epochs=2).fit(make(), batches(2), ckpt_path=tmp_path / "now.ckpt")
         assert again.began == [2] and [step for step, _ in again.rows] == [2, 3]
+
+    def test_a_checkpoint_right_after_a_step_comes_after_that_steps_row(self, tmp_path: Path):
+        """Callbacks hear of a batch's end before the task does; killed then, a run goes on behind that step."""
+        keeps, found = Keeps(), []
+
+        class Saves(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                trainer.save_checkpoint(tmp_path / "now.ckpt")
+                found.append((trainer.global_step, [step for step, _ in keeps.rows]))
+
+        trainer(tmp_path, logger=keeps, accumulate_grad_batches=2, callbacks=[Saves()]).fit(make(), batches(4))
+        assert found == [(0, []), (1, [0]), (1, [0]), (2, [0, 1])]
+        assert [step for step, _ in keeps.rows] == [0, 1]
 
     def test_a_row_waits_for_the_optimiser(self, tmp_path: Path):
         class Runs:

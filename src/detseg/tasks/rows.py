@@ -118,7 +118,11 @@ class TrainRow:
                 begin_at(trainer.global_step)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Bring everything to disk, as before a checkpoint: whoever goes on from that will miss no row."""
+        """Bring everything to disk, as before a checkpoint: whoever goes on from that will miss no row.
+
+        Callbacks save right after a step, which is before the task hears of its end; that row belongs to it too.
+        """
+        self.step_done(trainer)
         self.flush(trainer)
         for logger in trainer.loggers:
             logger.save()
