@@ -1,11 +1,12 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from detseg.models.box_branch import BoxBranch, RegionSamples
+from detseg.models.box_branch import BoxBranch, RegionSamples, TwoLayerHead
 from detseg.models.region_features import RegionAlign
 from detseg.structures import Target
 from detseg.targets.samplers import BalancedSampler
@@ -13,7 +14,8 @@ from detseg.targets.samplers import BalancedSampler
 
 def branch(**options: object) -> BoxBranch:
     pooling = RegionAlign(output_size=3, levels=1)
-    return BoxBranch(num_classes=2, channels=4, width=8, pooling=pooling, **options)  # type: ignore[arg-type]
+    head = partial(TwoLayerHead, width=8)
+    return BoxBranch(num_classes=2, channels=4, head=head, pooling=pooling, **options)  # type: ignore[arg-type]
 
 
 def target(crowd: bool = False) -> Target:
@@ -114,3 +116,37 @@ def test_wild_outputs_are_no_detections(value: float) -> None:
     assert found.boxes.isfinite().all() and (found.boxes <= 80).all()
     (none,) = branch().detect(torch.full((4, 3), math.nan), deltas, [PROPOSALS], torch.tensor([[80, 80]]))
     assert len(none) == 0
+
+
+def test_one_box_for_all_classes() -> None:
+    agnostic = branch(class_agnostic=True, nms=None, score_threshold=0.1)
+    features = [torch.rand(1, 4, 20, 20)]
+    logits, deltas = agnostic(features, [PROPOSALS], [4])
+    assert logits.shape == (4, 3) and deltas.shape == (4, 1, 4)
+    logits = torch.tensor([[0.0, 5.0, 5.0]] * 4)  # both classes: 0.4983 each
+    deltas = torch.zeros(4, 1, 4)
+    deltas[1, 0, 0] = 10.0  # moves by its width, 29 pixels, whatever the class
+    (found,) = agnostic.detect(logits, deltas, [PROPOSALS], torch.tensor([[100, 100]]))
+    assert_close(found.boxes[found.labels == 0], found.boxes[found.labels == 1])
+    assert [60.0, 30.0, 89.0, 60.0] in found.boxes.tolist()
+    samples = RegionSamples(
+        boxes=[PROPOSALS[:2]],
+        labels=[torch.tensor([2, 0])],
+        objects=[torch.zeros(2, dtype=torch.int64)],
+        truth=[PROPOSALS[:2] + torch.tensor([2.0, 0, 2, 0])],
+    )
+    loss = agnostic.loss(torch.zeros(2, 3), torch.zeros(2, 1, 4), samples)["loss_box"]
+    # dx = 10 * 2 / 20 = 1, of the positive alone; smooth L1 with beta 1/9: 1 - 1/18, over two regions
+    assert_close(loss, torch.tensor((1 - 1 / 18) / 2))
+
+
+@torch.no_grad()
+def test_regions_in_chunks_give_the_same() -> None:
+    whole = branch()
+    features, boxes = [torch.rand(2, 4, 20, 20)], [PROPOSALS, PROPOSALS[:3]]
+    expected = whole(features, boxes, [4])
+    whole.chunk = 3
+    for ours, theirs in zip(whole(features, boxes, [4]), expected, strict=True):
+        assert_close(ours, theirs)
+    nothing = whole(features, [PROPOSALS[:0], PROPOSALS[:0]], [4])
+    assert nothing[0].shape == (0, 3) and nothing[1].shape == (0, 3, 4)

@@ -1,4 +1,3 @@
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,7 +81,7 @@ def test_other_numbers_of_classes_are_an_error_with_both() -> None:
 
 def faster(classes: int = 5) -> FasterRCNN:
     backbone = BackboneWithFPN(backbone=TorchvisionBackbone(name="resnet18", frozen_norm=True), extra="pool")
-    return FasterRCNN(num_classes=classes, backbone=backbone, box=partial(BoxBranch, width=1024))
+    return FasterRCNN(num_classes=classes, backbone=backbone, box=BoxBranch)
 
 
 def old(key: str) -> str:

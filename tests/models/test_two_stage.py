@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from detseg.models import FasterRCNN, MaskRCNN
-from detseg.models.box_branch import BoxBranch
+from detseg.models.box_branch import BoxBranch, TwoLayerHead
 from detseg.models.mask_branch import MaskBranch
 from detseg.models.region_features import RegionAlign
 from detseg.models.rpn import RegionProposalNetwork
@@ -25,7 +25,7 @@ def model(kind: type[TwoStageDetector] = MaskRCNN, **options: object) -> TwoStag
     pooling = RegionAlign(output_size=3, levels=2, canonical_size=64.0)
     parts: dict[str, object] = {
         "rpn": partial(RegionProposalNetwork, anchors=anchors, post_nms_test=50, pre_nms_test=100),
-        "box": partial(BoxBranch, width=16, pooling=pooling, score_threshold=0.01),
+        "box": partial(BoxBranch, head=partial(TwoLayerHead, width=16), pooling=pooling, score_threshold=0.01),
     }
     if kind is MaskRCNN:
         mask_pooling = RegionAlign(output_size=4, levels=2, canonical_size=64.0)
@@ -171,6 +171,84 @@ def test_state_dict_round_trip() -> None:
     images, sizes, _ = batch()
     one, two = first.predict(first(images, sizes), sizes), second.predict(second(images, sizes), sizes)
     assert_close(one[0].boxes, two[0].boxes)
+
+
+class Corners:
+    """Proposes the quarters of an image, and the whole."""
+
+    key = "corners"
+
+    def __call__(self, image: Tensor) -> Tensor:
+        assert image.dtype == torch.uint8
+        h, w = float(image.shape[1]), float(image.shape[2])
+        rows = [[0, 0, w, h], [0, 0, w / 2, h / 2], [w / 2, 0, w, h / 2], [0, h / 2, w / 2, h], [w / 2, h / 2, w, h]]
+        return torch.tensor(rows)
+
+
+def proposed(**options: object) -> TwoStageDetector:
+    pooling = RegionAlign(output_size=3, levels=2, canonical_size=64.0)
+    head = partial(TwoLayerHead, width=16)
+    box = BoxBranch(num_classes=3, channels=8, head=head, pooling=pooling, score_threshold=0.01)
+    parts: dict[str, object] = {"proposer": Corners(), "box": box}
+    return TwoStageDetector(num_classes=3, backbone=backbone(), **(parts | options))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_proposals_of_a_proposer_are_those_of_the_valid_image() -> None:
+    detector = proposed().eval()
+    images, sizes, targets = batch()
+    outputs = detector(images, sizes)
+    assert outputs.given[1].tolist()[0] == [0, 0, 60, 50] and outputs.rpn is None
+    found = detector.proposals(outputs, sizes)
+    assert_close(found[0].scores, torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2]))
+    losses = detector.loss(detector(images, sizes, targets), targets)
+    assert set(losses) == {"loss_classifier", "loss_box"}
+
+
+@torch.no_grad()
+def test_proposals_made_before_are_used_and_clipped() -> None:
+    detector = proposed().eval()
+    images, sizes, _ = batch()
+    given = [torch.tensor([[3.0, 4, 30, 31]]), torch.tensor([[10.0, 10, 64, 64]])]
+    outputs = detector(images, sizes, proposals=given)
+    assert [found.boxes.tolist() for found in detector.proposals(outputs, sizes)] == [
+        [[3, 4, 30, 31]],
+        [[10, 10, 60, 50]],
+    ]
+    same = detector.predict(detector(images, sizes, proposals=corners_of(sizes)), sizes)
+    for one, two in zip(same, detector.predict(detector(images, sizes), sizes), strict=True):
+        assert_close(one.boxes, two.boxes)
+        assert_close(one.scores, two.scores)
+
+
+def corners_of(sizes: Tensor) -> list[Tensor]:
+    return [Corners()(torch.zeros(3, h, w, dtype=torch.uint8)) for h, w in sizes.tolist()]
+
+
+@torch.no_grad()
+def test_an_image_without_proposals_has_no_detections_and_others_keep_theirs() -> None:
+    detector = proposed().eval()
+    images, sizes, targets = batch()
+    both = corners_of(sizes)
+    found = detector.predict(detector(images, sizes, proposals=[torch.zeros(0, 4), both[1]]), sizes)
+    expected = detector.predict(detector(images, sizes, proposals=both), sizes)
+    assert len(found[0]) == 0 and len(found[1]) > 0
+    assert_close(found[1].scores, expected[1].scores)
+    nothing = [torch.zeros(0, 4), torch.zeros(0, 4)]
+    assert [len(some) for some in detector.predict(detector(images, sizes, proposals=nothing), sizes)] == [0, 0]
+    outputs = detector(images, sizes, targets, nothing)
+    assert [labels.tolist() for labels in outputs.samples.labels] == [[1, 3], [1, 3]]  # the objects themselves remain
+    assert all(value > 0 for value in detector.loss(outputs, targets).values())
+
+
+def test_proposals_come_from_one_place_and_for_every_image() -> None:
+    with pytest.raises(ValueError, match="give either"):
+        proposed(proposer=None)
+    with pytest.raises(ValueError, match="give either"):
+        proposed(rpn=RegionProposalNetwork(channels=8))
+    images, sizes, _ = batch()
+    with pytest.raises(ValueError, match="2 images but proposals for 1"):
+        proposed()(images, sizes, proposals=[torch.zeros(0, 4)])
 
 
 @pytest.mark.gpu

@@ -10,15 +10,17 @@ Letters: B images, R regions of all images, S sampled regions of one image, M ob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from detseg.losses.normalise import normaliser
 from detseg.losses.smooth_l1 import SmoothL1
-from detseg.models.region_features import RegionAlign, stack_regions
+from detseg.models.region_features import RegionAlign, RegionFeatures, stack_regions
 from detseg.ops.boxes import box_iou, clip_boxes, large_enough
 from detseg.ops.nms import BatchedNMS, Suppression
 from detseg.structures import Detections, Target
@@ -48,47 +50,116 @@ class RegionSamples:
     truth: list[Tensor]
 
 
+@dataclass
+class RegionOutputs:
+    """What one second stage says about the regions that it learns from.
+
+    Attributes:
+        samples: the regions.
+        class_logits: ``(R, K + 1)`` of all images, background first.
+        box_deltas: ``(R, K + 1, 4)``; class-agnostic ``(R, 1, 4)``.
+    """
+
+    samples: RegionSamples
+    class_logits: Tensor
+    box_deltas: Tensor
+
+
+class RegionBranch(nn.Module):
+    """Base of the second stages of ``TwoStageDetector``: what a region is, and where its object lies exactly."""
+
+    def learn(
+        self,
+        features: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        targets: Sequence[Target],
+        strides: Sequence[int],
+        sizes: Tensor,
+    ) -> list[RegionOutputs]:
+        """Return the outputs for regions drawn to learn from, one entry per stage.
+
+        Args:
+            features: per level ``(B, C, H, W)``.
+            proposals: per image ``(N, 4)`` xyxy pixels.
+            targets: one per image.
+            strides: pixels per cell of each level.
+            sizes: ``(B, 2)`` valid height and width.
+        """
+        raise NotImplementedError
+
+    def losses(self, stages: Sequence[RegionOutputs]) -> dict[str, Tensor]:
+        """Return the named loss terms, scalars, of what ``learn`` gave."""
+        raise NotImplementedError
+
+    def find(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], strides: Sequence[int], sizes: Tensor
+    ) -> list[Detections]:
+        """Return the detections of each image, best first; see ``learn`` for the arguments."""
+        raise NotImplementedError
+
+
+class RegionHead(Protocol):
+    """A module that turns the features of regions into numbers to classify: ``(R, *shape) -> (R, out_features)``."""
+
+    out_features: int
+
+    def __call__(self, regions: Tensor) -> Tensor:
+        """Return ``(R, out_features)``."""
+        ...
+
+
 class TwoLayerHead(nn.Module):
     """Two fully connected layers on a flattened region.
 
     Args:
-        in_features: numbers in a region's features.
+        shape: of one region's features, such as (256, 7, 7).
         width: of both layers.
+        dropout: probability of dropping a number after each layer while training (Fast R-CNN: 0.5, as in VGG-16).
     """
 
-    def __init__(self, *, in_features: int, width: int) -> None:
+    def __init__(self, *, shape: Sequence[int], width: int = 1024, dropout: float = 0.0) -> None:
         super().__init__()
-        self.fc6 = nn.Linear(in_features, width)
+        self.fc6 = nn.Linear(math.prod(shape), width)
         self.fc7 = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.out_features = width
 
     def forward(self, regions: Tensor) -> Tensor:
         """Return ``(R, width)`` from ``(R, C, P, P)``."""
-        hidden = self.fc6(regions.flatten(1)).relu()  # (R, width)
-        result: Tensor = self.fc7(hidden).relu()  # (R, width)
+        hidden = self.dropout(self.fc6(regions.flatten(1)).relu())  # (R, width)
+        result: Tensor = self.dropout(self.fc7(hidden).relu())  # (R, width)
         return result
 
 
 class BoxPredictor(nn.Module):
-    """Logits of background and K classes, and box deltas for each of them."""
+    """Logits of background and K classes, and box deltas for each of them or one for all.
 
-    def __init__(self, *, in_features: int, num_classes: int) -> None:
+    Args:
+        in_features: numbers of a region.
+        num_classes: K.
+        class_agnostic: one box for all classes.
+    """
+
+    def __init__(self, *, in_features: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()
         self.cls_score = nn.Linear(in_features, num_classes + 1)
-        self.bbox_pred = nn.Linear(in_features, (num_classes + 1) * 4)
+        self.bbox_pred = nn.Linear(in_features, 4 if class_agnostic else (num_classes + 1) * 4)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits ``(R, K + 1)``, background first, and deltas ``(R, K + 1, 4)``."""
+        """Return logits ``(R, K + 1)``, background first, and deltas ``(R, K + 1, 4)`` or ``(R, 1, 4)``."""
         return self.cls_score(hidden).float(), self.bbox_pred(hidden).float().unflatten(1, (-1, 4))
 
 
-class BoxBranch(nn.Module):
+class BoxBranch(RegionBranch):
     """Classify regions and refine their boxes.
 
     Args:
         num_classes: K foreground classes.
-        channels: of every pyramid level.
-        width: of the head's two layers.
+        channels: of every level that regions are read from.
         pooling: features of a region; default RoIAlign to 7 x 7 from four levels.
+        head: makes the layers between ``pooling`` and the outputs from the ``shape`` of a region's features; default
+            two fully connected layers.
+        class_agnostic: refine one box per region, not one per class.
         matcher: regions to objects; default: positive from IoU 0.5, background below.
         sampler: regions per image in the loss; default 512, at most a quarter of them positive.
         coder: of the box deltas; default weights (10, 10, 5, 5).
@@ -99,6 +170,7 @@ class BoxBranch(nn.Module):
         detections_per_image: the most that are kept.
         min_size: shortest side of a detection in pixels.
         crowd_overlap: share of a region inside a crowd from which it is no background example.
+        chunk: regions in one pass where no gradient is kept, which bounds memory; ``None``: all.
     """
 
     def __init__(
@@ -106,8 +178,9 @@ class BoxBranch(nn.Module):
         *,
         num_classes: int,
         channels: int,
-        width: int = 1024,
-        pooling: RegionAlign | None = None,
+        pooling: RegionFeatures | None = None,
+        head: Callable[..., RegionHead] = TwoLayerHead,
+        class_agnostic: bool = False,
         matcher: IoUMatcher | None = None,
         sampler: BalancedSampler | None = None,
         coder: BoxCoder | None = None,
@@ -118,11 +191,15 @@ class BoxBranch(nn.Module):
         detections_per_image: int = 100,
         min_size: float = 1e-2,
         crowd_overlap: float = 0.7,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.pooling = pooling or RegionAlign(output_size=7, sampling_ratio=2)
-        self.head = TwoLayerHead(in_features=channels * self.pooling.output_size**2, width=width)
-        self.predictor = BoxPredictor(in_features=width, num_classes=num_classes)
+        self.head = head(shape=self.pooling.shape(channels))
+        self.class_agnostic = class_agnostic
+        self.predictor = BoxPredictor(
+            in_features=self.head.out_features, num_classes=num_classes, class_agnostic=class_agnostic
+        )
         self.matcher = matcher or IoUMatcher(positive=0.5, negative=0.5, allow_low_quality=False)
         self.sampler = sampler or BalancedSampler(size=512, positive_fraction=0.25)
         self.coder = coder or BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
@@ -133,20 +210,51 @@ class BoxBranch(nn.Module):
         self.detections_per_image = detections_per_image
         self.min_size = min_size
         self.crowd_overlap = crowd_overlap
+        self.chunk = chunk
 
     def forward(
         self, features: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return logits ``(R, K + 1)`` and deltas ``(R, K + 1, 4)`` of the regions of all images.
+        """Return logits ``(R, K + 1)`` and deltas ``(R, K + 1, 4)`` or ``(R, 1, 4)`` of the regions of all images.
 
         Args:
             features: per level ``(B, C, H, W)``.
             boxes: per image ``(N, 4)``.
             strides: pixels per cell of each level.
         """
-        regions = self.pooling(features, stack_regions(boxes), strides)  # (R, C, P, P)
-        logits, deltas = self.predictor(self.head(regions))
+        logits, deltas = self.predictor(self.embed(features, stack_regions(boxes), strides))
         return logits, deltas
+
+    def embed(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
+        """Return what regions ``(R, 5)`` are classified by: the head's ``(R, out_features)``."""
+        if self.chunk is None or torch.is_grad_enabled() or len(regions) <= self.chunk:
+            return self.head(self.pooling(features, regions, strides))  # (R, out_features)
+        parts = [self.head(self.pooling(features, some, strides)) for some in torch.split(regions, self.chunk)]
+        return torch.cat(parts)  # (R, out_features)
+
+    def learn(
+        self,
+        features: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        targets: Sequence[Target],
+        strides: Sequence[int],
+        sizes: Tensor,
+    ) -> list[RegionOutputs]:
+        """Return the outputs for the regions that ``sample`` draws; see ``RegionBranch``."""
+        samples = self.sample(proposals, targets)
+        return [RegionOutputs(samples, *self(features, samples.boxes, strides))]
+
+    def losses(self, stages: Sequence[RegionOutputs]) -> dict[str, Tensor]:
+        """Return the loss terms of the one stage that ``learn`` gave."""
+        (outputs,) = stages
+        return self.loss(outputs.class_logits, outputs.box_deltas, outputs.samples)
+
+    def find(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], strides: Sequence[int], sizes: Tensor
+    ) -> list[Detections]:
+        """Return the detections of each image, best first; see ``RegionBranch``."""
+        logits, deltas = self(features, proposals, strides)
+        return self.detect(logits, deltas, proposals, sizes)
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> RegionSamples:
@@ -183,7 +291,7 @@ class BoxBranch(nn.Module):
 
         Args:
             logits: ``(R, K + 1)`` of the sampled regions.
-            deltas: ``(R, K + 1, 4)`` likewise.
+            deltas: ``(R, K + 1, 4)``, or ``(R, 1, 4)`` where one box serves all classes.
             samples: the regions.
         """
         labels = torch.cat(samples.labels)  # (R,)
@@ -192,7 +300,7 @@ class BoxBranch(nn.Module):
         count = normaliser(torch.tensor(len(labels), device=logits.device))
         return {
             "loss_classifier": self.classification_loss(logits, labels) / count,
-            "loss_box": self.box_loss(deltas[positive, labels[positive]], wanted) / count,
+            "loss_box": self.box_loss(deltas[positive, self._column(labels[positive])], wanted) / count,
         }
 
     def detect(self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Tensor) -> list[Detections]:
@@ -200,19 +308,30 @@ class BoxBranch(nn.Module):
 
         Args:
             logits: ``(R, K + 1)``.
-            deltas: ``(R, K + 1, 4)``.
+            deltas: ``(R, K + 1, 4)`` or ``(R, 1, 4)``.
             proposals: per image ``(N, 4)``, together R.
             sizes: ``(B, 2)`` valid height and width.
         """
-        scores = logits.softmax(dim=1)[:, 1:]  # (R, K)
+        return self.detect_scored(logits.softmax(dim=1)[:, 1:], deltas, proposals, sizes)
+
+    def detect_scored(
+        self, scores: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Tensor
+    ) -> list[Detections]:
+        """Return the detections of each image, best first, from scores in [0, 1] ``(R, K)``; see ``detect``."""
         counts = [len(boxes) for boxes in proposals]
         found = []
-        parts = zip(torch.split(scores, counts), torch.split(deltas[:, 1:], counts), proposals, sizes, strict=True)
+        parts = zip(torch.split(scores, counts), torch.split(deltas, counts), proposals, sizes, strict=True)
         for score, delta, boxes, size in parts:
             row, label = (score > self.score_threshold).nonzero().unbind(1)  # (D,), (D,); NaN never passes
-            box = clip_boxes(self.coder.decode(delta[row, label], boxes[row]), size)  # (D, 4)
+            box = self.coder.decode(delta[row, self._column(label + 1)], boxes[row])  # (D, 4)
+            box = clip_boxes(box, size)  # (D, 4)
             big = large_enough(box, self.min_size)  # (D,)
-            box, confidence, label = box[big], score[row, label][big], label[big]
-            keep = self.nms(box, confidence, label)[: self.detections_per_image]  # (D',)
-            found.append(Detections(box[keep], confidence[keep], label[keep]))
+            box, label = box[big], label[big]  # (D', 4), (D',)
+            keep, confidence = self.nms(box, score[row[big], label], label)  # (D'',) each
+            best = keep[: self.detections_per_image]
+            found.append(Detections(box[best], confidence[: len(best)], label[best]))
         return found
+
+    def _column(self, labels: Tensor) -> Tensor:
+        """Return which deltas of a region belong to each label, background 0."""
+        return torch.zeros_like(labels) if self.class_agnostic else labels

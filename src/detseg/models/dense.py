@@ -241,8 +241,9 @@ class DenseDetector(nn.Module, ABC):
         parts = (torch.split(tensor, counts) for tensor in (boxes, score, label))  # 3 x B x (n, ...)
         for size, box, own_score, own_label in zip(sizes.tolist(), *parts, strict=True):
             clipped = clip_boxes_to_image(box, (size[0], size[1]))  # (n, 4)
-            keep = self.nms(clipped, own_score, own_label)[: self.max_detections]
-            found.append(Detections(boxes=clipped[keep], scores=own_score[keep], labels=own_label[keep]))
+            keep, lowered = self.nms(clipped, own_score, own_label)  # (k,) each
+            best = keep[: self.max_detections]
+            found.append(Detections(boxes=clipped[best], scores=lowered[: len(best)], labels=own_label[best]))
         return found
 
     def scores(self, logits: Tensor, quality: Tensor | None) -> Tensor:

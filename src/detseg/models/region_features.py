@@ -1,8 +1,9 @@
-"""Fixed-size features of regions: RoIAlign of `"Mask R-CNN" <https://arxiv.org/abs/1703.06870>`_ (section 3).
+"""Fixed-size features of regions: RoIPool of Fast R-CNN, RoIAlign of Mask R-CNN.
 
-On a pyramid each region reads the level that equation 1 of `"Feature Pyramid Networks"
-<https://arxiv.org/abs/1612.03144>`_ gives it. The sampling is torchvision's ``roi_align`` with its old half-pixel shift
-(``aligned=False``), which its published weights were trained with.
+`"Fast R-CNN" <https://arxiv.org/abs/1504.08083>`_ (section 2.1), `"Mask R-CNN" <https://arxiv.org/abs/1703.06870>`_
+(section 3). On a pyramid each region reads the level that equation 1 of `"Feature Pyramid Networks"
+<https://arxiv.org/abs/1612.03144>`_ gives it. The sampling is torchvision's: ``roi_pool``, and ``roi_align`` with its
+old half-pixel shift (``aligned=False``), which its published weights were trained with.
 
 Letters: R regions of all images, C channels, P cells of a region's side.
 """
@@ -13,12 +14,31 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from detseg.ops.roi_align import pyramid_roi_align
 
 
-class RegionAlign(nn.Module):
+class RegionFeatures(nn.Module):
+    """Base of all that turns regions of an image into features of one size; a constructor argument of the branches."""
+
+    def shape(self, channels: int) -> tuple[int, ...]:
+        """Return the shape of one region's features where the maps have ``channels``, such as (256, 7, 7)."""
+        raise NotImplementedError
+
+    def forward(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
+        """Return the features of all regions ``(R, *shape)``.
+
+        Args:
+            features: per level ``(B, C, H, W)``, finest first.
+            regions: ``(R, 5)`` image index and xyxy pixels, as ``stack_regions`` gives them.
+            strides: pixels per cell of each level.
+        """
+        raise NotImplementedError
+
+
+class RegionAlign(RegionFeatures):
     """Cut every region out of the feature maps by RoIAlign.
 
     Args:
@@ -45,31 +65,97 @@ class RegionAlign(nn.Module):
         self.canonical_size = canonical_size
         self.canonical_level = canonical_level
 
-    def forward(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
-        """Return ``(R, C, P, P)``.
+    def shape(self, channels: int) -> tuple[int, ...]:
+        """Return (C, P, P)."""
+        return channels, self.output_size, self.output_size
 
-        Args:
-            features: per level ``(B, C, H, W)``, finest first.
-            regions: ``(R, 5)`` image index and xyxy pixels, as ``stack_regions`` gives them.
-            strides: pixels per cell of each level.
+    def forward(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
+        """Return ``(R, C, P, P)``; see ``RegionFeatures``.
 
         Raises:
             ValueError: there are fewer levels than regions shall be read from.
         """
-        if len(features) < self.levels:
-            raise ValueError(
-                f"RegionAlign: levels is {self.levels}, but the backbone gives {len(features)}; set it to at most that"
-            )
-        used, strides = list(features[: self.levels]), strides[: self.levels]
+        used, strides = _used(self, features, strides)
         level = self.assign(regions[:, 1:], strides)  # (R,)
         return pyramid_roi_align(used, regions, level, strides, self.output_size, self.sampling_ratio)
 
     def assign(self, boxes: Tensor, strides: Sequence[int]) -> Tensor:
         """Return the level that each box ``(R, 4)`` reads, ``(R,)`` int64 with 0 the finest."""
-        side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()  # (R,)
-        wanted = (self.canonical_level + (side / self.canonical_size).log2() + 1e-6).floor()  # (R,), eq. 1
-        finest = math.log2(strides[0])
-        return (wanted.clamp(finest, finest + self.levels - 1) - finest).long()  # (R,)
+        return assign_levels(boxes, strides[: self.levels], self.canonical_size, self.canonical_level)
+
+
+class RegionPool(RegionFeatures):
+    """Cut every region out of the feature maps by RoIPool: the maximum of each cell, whose borders are whole cells.
+
+    Args:
+        output_size: P, cells of a region's side.
+        levels: how many pyramid levels, from the finest, regions are read from; 1 for a single map, as in the paper.
+        canonical_size: side in pixels of a region that reads ``canonical_level``; see ``RegionAlign``.
+        canonical_level: log2 of the stride of that level.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_size: int = 7,
+        levels: int = 1,
+        canonical_size: float = 224.0,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.levels = levels
+        self.canonical_size = canonical_size
+        self.canonical_level = canonical_level
+
+    def shape(self, channels: int) -> tuple[int, ...]:
+        """Return (C, P, P)."""
+        return channels, self.output_size, self.output_size
+
+    def forward(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
+        """Return ``(R, C, P, P)``; see ``RegionFeatures``.
+
+        Raises:
+            ValueError: there are fewer levels than regions shall be read from.
+        """
+        used, strides = _used(self, features, strides)
+        regions = regions.float()  # in half precision coordinates are off by whole pixels
+        level = assign_levels(regions[:, 1:], strides, self.canonical_size, self.canonical_level)  # (R,)
+        rows = [(level == index).nonzero().flatten() for index in range(len(used))]  # per level (R_l,)
+        pooled: list[Tensor] = [
+            torchvision.ops.roi_pool(feature.float(), regions[row], self.output_size, 1.0 / stride)
+            for feature, row, stride in zip(used, rows, strides, strict=True)
+        ]
+        if len(pooled) == 1:
+            return pooled[0]
+        return torch.cat(pooled).index_select(0, torch.cat(rows).argsort())  # (R, C, P, P)
+
+
+def assign_levels(boxes: Tensor, strides: Sequence[int], canonical_size: float, canonical_level: int) -> Tensor:
+    """Return the pyramid level that each box reads, ``(R,)`` int64 with 0 the finest (FPN, equation 1).
+
+    Args:
+        boxes: ``(R, 4)`` xyxy pixels.
+        strides: of the levels that regions are read from; each twice the one before.
+        canonical_size: side in pixels of a box that reads ``canonical_level``.
+        canonical_level: log2 of the stride of that level.
+    """
+    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()  # (R,)
+    wanted = (canonical_level + (side / canonical_size).log2() + 1e-6).floor()  # (R,), eq. 1
+    finest = math.log2(strides[0])
+    return (wanted.clamp(finest, finest + len(strides) - 1) - finest).long()  # (R,)
+
+
+def _used(
+    pooling: RegionAlign | RegionPool, features: Sequence[Tensor], strides: Sequence[int]
+) -> tuple[list[Tensor], Sequence[int]]:
+    """Return the levels that regions are read from, and their strides."""
+    if len(features) < pooling.levels:
+        raise ValueError(
+            f"{type(pooling).__name__}: levels is {pooling.levels}, but the backbone gives {len(features)}; set it to "
+            "at most that"
+        )
+    return list(features[: pooling.levels]), strides[: pooling.levels]
 
 
 def stack_regions(boxes: Sequence[Tensor]) -> Tensor:

@@ -191,8 +191,9 @@ class RegionProposalNetwork(nn.Module):
         found = []
         for image in range(len(boxes)):
             rows = valid[image].nonzero().flatten()  # (k,)
-            rows = rows[self.nms(boxes[image, rows], scores[image, rows], levels[rows])[:keep]]  # (k,)
-            found.append(Detections(boxes[image, rows], scores[image, rows], torch.zeros_like(rows)))
+            best, confidence = self.nms(boxes[image, rows], scores[image, rows], levels[rows])  # (k,) each
+            rows = rows[best[:keep]]  # (k,)
+            found.append(Detections(boxes[image, rows], confidence[:keep], torch.zeros_like(rows)))
         return found
 
     def _best_anchors(self, outputs: RPNOutputs, limit: int) -> tuple[Tensor, Tensor, Tensor]:
