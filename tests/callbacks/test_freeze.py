@@ -141,3 +141,18 @@ def test_what_was_never_trained_stays_so(tmp_path: Path):
     task = Half()
     fit(task, tmp_path, Freeze(until_epoch=1), epochs=2)
     assert [value.requires_grad for value in task.model.parameters()] == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("kind", [Freeze, Several])
+def test_weights_learn_first_and_are_held_from_an_epoch_on(kind: type[Freeze], tmp_path: Path):
+    _, watch, _ = train(tmp_path, kind(from_epoch=1, until_epoch=None))  # 6 steps an epoch
+    assert not any(same(watch.body[:6])) and all(same(watch.body[5:]))
+    assert not any(same(watch.mean[:6])) and all(same(watch.mean[5:]))
+    assert not any(same(watch.head))
+
+
+def test_epochs_that_do_not_follow_each_other_are_refused():
+    with pytest.raises(ValueError, match="from_epoch is 3 and until_epoch 2"):
+        Freeze(from_epoch=3, until_epoch=2)
+    with pytest.raises(ValueError, match="from_epoch is -1"):
+        Freeze(from_epoch=-1)

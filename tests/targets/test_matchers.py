@@ -40,5 +40,14 @@ def test_object_that_nothing_touches_makes_nothing_positive() -> None:
 
 
 def test_thresholds_out_of_order_are_named() -> None:
-    with pytest.raises(ValueError, match=r"negative is 0\.6 and positive 0\.5"):
+    with pytest.raises(ValueError, match=r"negative 0\.6 and positive 0\.5"):
         IoUMatcher(positive=0.5, negative=0.6, allow_low_quality=False)
+
+
+def test_lowest_ignores_what_lies_far_from_every_object() -> None:
+    iou = torch.tensor([[0.6, 0.3, 0.1, 0.09, 0.0]])
+    matcher = IoUMatcher(positive=0.5, negative=0.5, allow_low_quality=False, lowest=0.1)
+    assert matcher(iou).tolist() == [0, BELOW, BELOW, BETWEEN, BETWEEN]
+    assert matcher(torch.zeros(0, 2)).tolist() == [BELOW, BELOW]
+    with pytest.raises(ValueError, match=r"lowest is 0\.6, negative 0\.5"):
+        IoUMatcher(positive=0.5, negative=0.5, allow_low_quality=False, lowest=0.6)

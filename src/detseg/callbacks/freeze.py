@@ -1,4 +1,4 @@
-"""Freeze parts of the model for the first epochs, then let them learn.
+"""Freeze parts of the model for the first epochs, then let them learn; or from some epoch on.
 
 The usual start of a fine-tuning: the new head learns first, so that its large gradients do not undo a pretrained body
 (Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3). Lightning's
@@ -32,17 +32,24 @@ class Freeze(L.Callback):
     Args:
         parts: what the names of the frozen parameters begin with, such as ``["backbone.body.layer1"]``; ``None``: the
             backbone's body.
-        until_epoch: the first epoch, counted from 0, in which they learn.
+        until_epoch: the first epoch, counted from 0, in which they learn; ``None``: held to the end.
+        from_epoch: the first epoch, counted from 0, in which they are held; later than 0 where they shall learn first.
 
     Raises:
-        ValueError: ``until_epoch`` is below 0; or from the start of training: a part has no trained parameter, or
-            nothing would be left to train.
+        ValueError: an epoch is below 0, or nothing lies between the two; or from the start of training: a part has no
+            trained parameter, or nothing would be left to train.
     """
 
-    def __init__(self, *, parts: Sequence[str] | None = None, until_epoch: int = 1) -> None:
-        if until_epoch < 0:
+    def __init__(self, *, parts: Sequence[str] | None = None, until_epoch: int | None = 1, from_epoch: int = 0) -> None:
+        if until_epoch is not None and until_epoch < 0:
             raise ValueError(f"Freeze: until_epoch is {until_epoch}; it is an epoch, counted from 0")
+        if from_epoch < 0 or (until_epoch is not None and from_epoch > until_epoch):
+            raise ValueError(
+                f"Freeze: from_epoch is {from_epoch} and until_epoch {until_epoch}; give an epoch, counted from 0, "
+                "that is not after until_epoch"
+            )
         self.parts, self.until_epoch = None if parts is None else list(parts), until_epoch
+        self.from_epoch = from_epoch
         self.frozen: list[Parameter] = []
         """The parameters held still at the moment."""
         self._norms: list[nn.Module] = []
@@ -66,7 +73,8 @@ class Freeze(L.Callback):
         self._thaw()
 
     def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        wanted = trainer.current_epoch < self.until_epoch
+        epoch = trainer.current_epoch
+        wanted = epoch >= self.from_epoch and (self.until_epoch is None or epoch < self.until_epoch)
         if wanted and not self.frozen:
             self._freeze(pl_module.model, alone=trainer.world_size == 1)  # type: ignore[arg-type]  # our tasks' model
         elif not wanted:

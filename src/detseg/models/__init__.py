@@ -9,19 +9,23 @@ from detseg.models.catalogue import ModelCard, available
 
 if TYPE_CHECKING:
     from detseg.models.contract import Detector, Segmenter
+    from detseg.models.fast_rcnn import FastRCNN
     from detseg.models.faster_rcnn import FasterRCNN
     from detseg.models.fcos import FCOS
     from detseg.models.mask_rcnn import MaskRCNN
     from detseg.models.retinanet import RetinaNet
+    from detseg.models.spp_net import SPPNet
     from detseg.models.unet import BackboneUNet, UNet
 
 _HOMES = {
     "BackboneUNet": "unet",
     "Detector": "contract",
     "FCOS": "fcos",
+    "FastRCNN": "fast_rcnn",
     "FasterRCNN": "faster_rcnn",
     "MaskRCNN": "mask_rcnn",
     "RetinaNet": "retinanet",
+    "SPPNet": "spp_net",
     "Segmenter": "contract",
     "UNet": "unet",
 }
@@ -31,10 +35,12 @@ __all__ = [
     "FCOS",
     "BackboneUNet",
     "Detector",
+    "FastRCNN",
     "FasterRCNN",
     "MaskRCNN",
     "ModelCard",
     "RetinaNet",
+    "SPPNet",
     "Segmenter",
     "UNet",
     "available",

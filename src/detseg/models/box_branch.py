@@ -171,6 +171,8 @@ class BoxBranch(RegionBranch):
         min_size: shortest side of a detection in pixels.
         crowd_overlap: share of a region inside a crowd from which it is no background example.
         chunk: regions in one pass where no gradient is kept, which bounds memory; ``None``: all.
+        compress: makes a faster head for ``find`` from the trained one, such as ``nn.svd.TruncatedSVD``; losses always
+            come from the head itself.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class BoxBranch(RegionBranch):
         min_size: float = 1e-2,
         crowd_overlap: float = 0.7,
         chunk: int | None = None,
+        compress: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.pooling = pooling or RegionAlign(output_size=7, sampling_ratio=2)
@@ -211,6 +214,7 @@ class BoxBranch(RegionBranch):
         self.min_size = min_size
         self.crowd_overlap = crowd_overlap
         self.chunk = chunk
+        self.compress = compress
 
     def forward(
         self, features: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int]
@@ -225,11 +229,14 @@ class BoxBranch(RegionBranch):
         logits, deltas = self.predictor(self.embed(features, stack_regions(boxes), strides))
         return logits, deltas
 
-    def embed(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
+    def embed(
+        self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int], *, compressed: bool = False
+    ) -> Tensor:
         """Return what regions ``(R, 5)`` are classified by: the head's ``(R, out_features)``."""
+        head = self.compress(self.head) if compressed and self.compress is not None else self.head
         if self.chunk is None or torch.is_grad_enabled() or len(regions) <= self.chunk:
-            return self.head(self.pooling(features, regions, strides))  # (R, out_features)
-        parts = [self.head(self.pooling(features, some, strides)) for some in torch.split(regions, self.chunk)]
+            return head(self.pooling(features, regions, strides))  # (R, out_features)
+        parts = [head(self.pooling(features, some, strides)) for some in torch.split(regions, self.chunk)]
         return torch.cat(parts)  # (R, out_features)
 
     def learn(
@@ -253,7 +260,8 @@ class BoxBranch(RegionBranch):
         self, features: Sequence[Tensor], proposals: Sequence[Tensor], strides: Sequence[int], sizes: Tensor
     ) -> list[Detections]:
         """Return the detections of each image, best first; see ``RegionBranch``."""
-        logits, deltas = self(features, proposals, strides)
+        hidden = self.embed(features, stack_regions(proposals), strides, compressed=True)  # (R, out_features)
+        logits, deltas = self.predictor(hidden)
         return self.detect(logits, deltas, proposals, sizes)
 
     @torch.no_grad()

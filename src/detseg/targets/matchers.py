@@ -26,18 +26,22 @@ class IoUMatcher:
         negative: IoU below which it is background; between the two it is ignored.
         allow_low_quality: whether the best anchors of each object learn it in any case, however low their IoU (ties
             too), so that no object goes without.
+        lowest: IoU below which it is ignored too. Fast R-CNN takes background from 0.1 up (section 2.3), which leans it
+            towards hard examples. Where an image has no objects all is background, whatever this says.
 
     Raises:
-        ValueError: not 0 <= negative <= positive <= 1.
+        ValueError: not 0 <= lowest <= negative <= positive <= 1.
     """
 
-    def __init__(self, *, positive: float, negative: float, allow_low_quality: bool) -> None:
-        if not 0.0 <= negative <= positive <= 1.0:
+    def __init__(self, *, positive: float, negative: float, allow_low_quality: bool, lowest: float = 0.0) -> None:
+        if not 0.0 <= lowest <= negative <= positive <= 1.0:
             raise ValueError(
-                f"IoUMatcher: negative is {negative} and positive {positive}; 0 <= negative <= positive <= 1 must hold"
+                f"IoUMatcher: lowest is {lowest}, negative {negative} and positive {positive}; "
+                "0 <= lowest <= negative <= positive <= 1 must hold"
             )
         self.positive = positive
         self.negative = negative
+        self.lowest = lowest
         self.allow_low_quality = allow_low_quality
 
     def __call__(self, iou: Tensor) -> Tensor:
@@ -50,6 +54,7 @@ class IoUMatcher:
             return iou.new_full((iou.shape[1],), BELOW).long()  # (N,)
         best, match = iou.max(dim=0)  # (N,), (N,)
         found = match.masked_fill(best < self.positive, BETWEEN).masked_fill(best < self.negative, BELOW)  # (N,)
+        found = found.masked_fill(best < self.lowest, BETWEEN)  # (N,)
         if self.allow_low_quality and iou.shape[1] > 0:
             highest = iou.amax(dim=1, keepdim=True)  # (M, 1)
             rescued = ((iou == highest) & (highest > 0)).any(dim=0)  # (N,)
@@ -59,5 +64,5 @@ class IoUMatcher:
     def __repr__(self) -> str:
         return (
             f"IoUMatcher(positive={self.positive}, negative={self.negative}, "
-            f"allow_low_quality={self.allow_low_quality})"
+            f"allow_low_quality={self.allow_low_quality}, lowest={self.lowest})"
         )
