@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,28 @@ def test_other_numbers_of_classes_are_an_error_with_both() -> None:
         load_torchvision_state(Head(3), published(), layers=LAYERS)
     with pytest.raises(CheckpointMismatch, match="file has 4 classes"):
         load_torchvision_state(Head(80), published(4), layers=LAYERS)
+
+
+def test_boxes_per_class_and_one_for_all_do_not_fit_and_the_message_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "fasterrcnn.pth"
+    torch.save(pair("faster")[0].state_dict(), path)
+    backbone = BackboneWithFPN(backbone=TorchvisionBackbone(name="resnet18", frozen_norm=True), extra="pool")
+    with pytest.raises(CheckpointMismatch, match=r"file has a box for each class, the model one for all; set class_ag"):
+        FasterRCNN(num_classes=5, backbone=backbone, box=partial(BoxBranch, class_agnostic=True), weights=path)
+    agnostic = published(6) | {"bbox_pred.weight": torch.zeros(4, 3), "bbox_pred.bias": torch.zeros(4)}
+    with pytest.raises(CheckpointMismatch, match=r"one box for all classes, the model one for each.*agnostic to true"):
+        load_torchvision_state(Head(5), agnostic, layers=LAYERS)
+
+
+def test_a_part_may_be_loaded_alone() -> None:
+    head, state = Head(3), published(4)
+    before = {key: value.clone() for key, value in head.state_dict().items()}
+    load_torchvision_state(head, state, layers=LAYERS, only=("cls_score.", "bbox_pred.bias"))
+    assert_close(head.cls_score.weight, state["cls_score.weight"])
+    assert_close(head.bbox_pred.bias, state["bbox_pred.bias"])
+    assert_close(head.bbox_pred.weight, before["bbox_pred.weight"])
+    with pytest.raises(CheckpointMismatch, match=r"1 keys only in the model: cls_score\.bias"):
+        load_torchvision_state(head, {"cls_score.weight": state["cls_score.weight"]}, only=("cls_score.",))
 
 
 def faster(classes: int = 5) -> FasterRCNN:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from detseg.models.catalogue import ModelCard, available
 
 if TYPE_CHECKING:
+    from detseg.models.cascade_rcnn import CascadeRCNN
     from detseg.models.contract import Detector, Segmenter
     from detseg.models.fast_rcnn import FastRCNN
     from detseg.models.faster_rcnn import FasterRCNN
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BackboneUNet": "unet",
+    "CascadeRCNN": "cascade_rcnn",
     "Detector": "contract",
     "FCOS": "fcos",
     "FastRCNN": "fast_rcnn",
@@ -34,6 +36,7 @@ _HOMES = {
 __all__ = [
     "FCOS",
     "BackboneUNet",
+    "CascadeRCNN",
     "Detector",
     "FastRCNN",
     "FasterRCNN",

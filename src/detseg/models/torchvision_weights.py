@@ -59,6 +59,7 @@ def load_torchvision(
     builder: str,
     layers: Sequence[ClassLayer] = (),
     renames: Renames | None = None,
+    only: tuple[str, ...] = (),
 ) -> None:
     """Fill ``model`` with published weights.
 
@@ -68,6 +69,7 @@ def load_torchvision(
         builder: torchvision's function whose weights carry that name, such as ``fcos_resnet50_fpn``.
         layers: the layers that have outputs per class.
         renames: names that differ between torchvision and the model.
+        only: beginnings of the names that are loaded, such as ``("backbone.",)``; the rest of the model stays as it is.
 
     Raises:
         CheckpointMismatch: keys, shapes or the number of classes differ.
@@ -83,8 +85,9 @@ def load_torchvision(
         raise ValueError(
             f"torchvision's {builder} has weights {', '.join(enum.__members__)}, and no file is {weights!r}"
         )
-    load_torchvision_state(model, state, layers=layers, renames=renames, source=source, zero_eps=builder in ZERO_EPS)
-    if str(weights) == "COCO_V1" and builder in ZERO_EPS:
+    zero_eps = builder in ZERO_EPS
+    load_torchvision_state(model, state, layers=layers, renames=renames, source=source, zero_eps=zero_eps, only=only)
+    if str(weights) == "COCO_V1" and zero_eps:
         set_norm_eps(model, 0.0)
 
 
@@ -96,6 +99,7 @@ def load_torchvision_state(
     renames: Renames | None = None,
     source: str = "state dict",
     zero_eps: bool = False,
+    only: tuple[str, ...] = (),
 ) -> None:
     """Fill ``model`` with a state dict of torchvision's; see ``load_torchvision``.
 
@@ -106,6 +110,7 @@ def load_torchvision_state(
         renames: names that differ between torchvision and the model.
         source: where the state came from, for messages.
         zero_eps: whether the epsilon of batch norms becomes 0 where the file has names from before torchvision 0.13.
+        only: beginnings of the names that are loaded, none for all; see ``load_torchvision``.
     """
     own = model.state_dict()
     renamed = {_rename(key, renames or {}): value for key, value in state.items()}
@@ -114,9 +119,12 @@ def load_torchvision_state(
         for name in (f"{layer.name}.weight", f"{layer.name}.bias"):
             if name in modern and name in own:
                 modern[name] = _select_classes(modern[name], own[name], layer, source)
-    normalisation = {key: value for key, value in own.items() if key.startswith("normalize.")}  # not in their files
-    load_weights(model, normalisation | modern, source=source)
-    if zero_eps and modern.keys() != renamed.keys():
+    kept = {key: value for key, value in own.items() if key.startswith("normalize.")}  # not in their files
+    if only:
+        modern = {key: value for key, value in modern.items() if key.startswith(only)}
+        kept = {key: value for key, value in own.items() if not key.startswith(only)}
+    load_weights(model, kept | modern, source=source)
+    if zero_eps and not renamed.keys() >= modern.keys():
         set_norm_eps(model, 0.0)
     log.info("%s: loaded %d tensors", source, len(modern))
 
@@ -139,6 +147,14 @@ def _select_classes(given: Tensor, own: Tensor, layer: ClassLayer, source: str) 
         return given
     group = layer.anchors * layer.width
     have, want = given.shape[0] // group, own.shape[0] // group - layer.background
+    if layer.background and (want == 0 or have == 1):  # one box for all classes, and no background
+        sides = ("a box for each class", "one for all") if want == 0 else ("one box for all classes", "one for each")
+        raise CheckpointMismatch(
+            source=source,
+            shapes=[(layer.name, tuple(given.shape), tuple(own.shape))],
+            remedy=f"The file has {sides[0]}, the model {sides[1]}; set class_agnostic to "
+            f"{'false' if want == 0 else 'true'}, or weights to null",
+        )
     rows = coco_ids() if (have, want) == (91, 80) else list(range(1, want + 1))
     if (have, want) != (91, 80) and have != want + 1:
         raise CheckpointMismatch(
