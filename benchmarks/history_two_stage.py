@@ -185,9 +185,9 @@ def paper_scale(crops: int, proposals: int = 2000, height: int = 600, width: int
     relative = work["rcnn"] / work["fast_rcnn"] / PAPER["fast_rcnn"]
     lines += [
         "",
-        f"R-CNN was timed with {crops // 2} and {crops} crops; each further one costs the same: {proposals} are reckoned.",
+        f"R-CNN was timed with {crops // 2} and {crops} crops; each further one costs the same, so more are reckoned.",
         f"A ratio of times is one of operations over one of rates. Rates here, 10^9 operations a second: {rates}.",
-        f"In the paper, on a K40, R-CNN's crops ran at {relative:.2f} of the rate of Fast R-CNN, if the operations are ours.",
+        f"On the paper's K40 R-CNN must have run at {relative:.2f} of Fast R-CNN's rate, if the operations are ours.",
     ]
     return "\n".join(lines)
 
