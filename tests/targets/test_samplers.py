@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from detseg.targets.samplers import BalancedSampler
+from detseg.targets.samplers import BalancedSampler, HardSampler
 
 
 @pytest.mark.parametrize("size, fraction", [(16, 0.5), (64, 0.25), (1000, 0.5), (16, 0.0)])
@@ -40,3 +40,29 @@ def test_bad_arguments_are_named() -> None:
         BalancedSampler(size=0, positive_fraction=0.5)
     with pytest.raises(ValueError, match=r"positive_fraction 1\.5"):
         BalancedSampler(size=8, positive_fraction=1.5)
+
+
+def test_the_hardest_without_their_doubles_by_hand() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 6], [50, 50, 60, 60], [80, 80, 90, 90]])
+    losses = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.1])
+    # Row 1 is the hardest; row 0 overlaps it by 0.8 and row 2 by 0.75.
+    assert HardSampler(size=2).hardest(boxes, losses).tolist() == [1, 3]
+    assert HardSampler(size=10).hardest(boxes, losses).tolist() == [1, 3, 4]
+    assert HardSampler(size=3, threshold=0.76).hardest(boxes, losses).tolist() == [1, 2, 3]
+    assert HardSampler(size=3, threshold=1.0).hardest(boxes, losses).tolist() == [0, 1, 2]
+    assert HardSampler(size=3).hardest(boxes[:0], losses[:0]).shape == (0,)
+
+
+def test_a_loss_that_is_not_finite_is_the_hardest() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
+    assert HardSampler(size=1).hardest(boxes, torch.tensor([5.0, float("nan"), 1.0])).tolist() == [1]
+    assert HardSampler(size=1).hardest(boxes, torch.tensor([5.0, 2.0, float("inf")])).tolist() == [2]
+
+
+def test_all_but_the_ignored_may_be_hard() -> None:
+    positive, background = HardSampler(size=1)(torch.tensor([0, 1, -1, 3, 0]))
+    assert positive.tolist() == [1, 3] and background.tolist() == [0, 4]
+    with pytest.raises(ValueError, match="size is 0"):
+        HardSampler(size=0)
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
+        HardSampler(size=1, threshold=1.5)

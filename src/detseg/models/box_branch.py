@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detseg.losses.normalise import normaliser
 from detseg.losses.smooth_l1 import SmoothL1
+from detseg.models.hard_regions import hard_regions
 from detseg.models.region_features import RegionAlign, RegionFeatures, stack_regions
 from detseg.ops.boxes import box_iou, clip_boxes, large_enough
 from detseg.ops.nms import BatchedNMS, Suppression
@@ -27,7 +28,7 @@ from detseg.structures import Detections, Target
 from detseg.targets.coders import BoxCoder
 from detseg.targets.crowds import inside_crowd, learnable
 from detseg.targets.matchers import BETWEEN, IoUMatcher
-from detseg.targets.samplers import BalancedSampler
+from detseg.targets.samplers import BalancedSampler, HardSampler, Sampler
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A loss of (prediction, target), summed to a scalar."""
@@ -48,6 +49,12 @@ class RegionSamples:
     labels: list[Tensor]
     objects: list[Tensor]
     truth: list[Tensor]
+
+    def take(self, rows: Sequence[Tensor]) -> RegionSamples:
+        """Return these rows ``(S',)`` of each image."""
+        return RegionSamples(
+            *([part[row] for part, row in zip(parts, rows, strict=True)] for parts in vars(self).values())
+        )
 
 
 @dataclass
@@ -161,7 +168,8 @@ class BoxBranch(RegionBranch):
             two fully connected layers.
         class_agnostic: refine one box per region, not one per class.
         matcher: regions to objects; default: positive from IoU 0.5, background below.
-        sampler: regions per image in the loss; default 512, at most a quarter of them positive.
+        sampler: regions per image in the loss; default 512, at most a quarter of them positive. A ``HardSampler``
+            chooses after a pass over all of them; see ``hard_regions``.
         coder: of the box deltas; default weights (10, 10, 5, 5).
         classification_loss: summed loss of (logits ``(R, K + 1)``, labels ``(R,)``).
         box_loss: summed loss of (deltas, wanted deltas), both ``(P, 4)``.
@@ -184,7 +192,7 @@ class BoxBranch(RegionBranch):
         head: Callable[..., RegionHead] = TwoLayerHead,
         class_agnostic: bool = False,
         matcher: IoUMatcher | None = None,
-        sampler: BalancedSampler | None = None,
+        sampler: Sampler | None = None,
         coder: BoxCoder | None = None,
         classification_loss: Loss | None = None,
         box_loss: Loss | None = None,
@@ -249,6 +257,8 @@ class BoxBranch(RegionBranch):
     ) -> list[RegionOutputs]:
         """Return the outputs for the regions that ``sample`` draws; see ``RegionBranch``."""
         samples = self.sample(proposals, targets)
+        if isinstance(self.sampler, HardSampler):
+            samples = samples.take(hard_regions(self, self.sampler, features, samples, strides))
         return [RegionOutputs(samples, *self(features, samples.boxes, strides))]
 
     def losses(self, stages: Sequence[RegionOutputs]) -> dict[str, Tensor]:

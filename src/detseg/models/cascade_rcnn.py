@@ -14,6 +14,7 @@ Letters: B images, N proposals of one image, R regions of all images, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,8 @@ class CascadeBranch(RegionBranch):
             box(num_classes=num_classes, channels=channels, matcher=stage.matcher, coder=stage.coder)
             for stage in chosen
         )
+        for branch in self._branches():
+            branch.compress = copy(branch.compress)  # it remembers what it made of one head
         if not all(branch.class_agnostic for branch in self._branches()):
             raise ValueError(
                 "CascadeBranch: the next stage needs one refined box per region, but this one has one per class; set "

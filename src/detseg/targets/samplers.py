@@ -1,14 +1,29 @@
-"""Random mini-batches with a fixed share of positives.
+"""Mini-batches of anchors or regions: at random with a fixed share of positives, or the hardest.
 
-From `"Faster R-CNN" <https://arxiv.org/abs/1506.01497>`_, section 3.1.3, and `"Fast R-CNN"
-<https://arxiv.org/abs/1504.08083>`_, section 2.3. Draws in torchvision's order, so that one seed gives both
-the same samples.
+The first is that of `"Faster R-CNN" <https://arxiv.org/abs/1506.01497>`_, section 3.1.3, and `"Fast R-CNN"
+<https://arxiv.org/abs/1504.08083>`_, section 2.3; it draws in torchvision's order, so that one seed gives both the same
+samples. The second is that of `"Training Region-based Object Detectors with Online Hard Example Mining"
+<https://arxiv.org/abs/1604.03540>`_, section 4.
+
+Letters: N anchors or regions of one image, S of them chosen.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from detseg.ops.nms import BatchedNMS
+
+
+class Sampler(Protocol):
+    """Anything that says which rows of an image may teach, from what they are matched to."""
+
+    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of positives and of background, each int64 and ascending; see ``BalancedSampler``."""
+        ...
 
 
 class BalancedSampler:
@@ -45,6 +60,45 @@ class BalancedSampler:
 
     def __repr__(self) -> str:
         return f"BalancedSampler(size={self.size}, positive_fraction={self.positive_fraction})"
+
+
+class HardSampler:
+    """Keep the ``size`` regions of an image that have the largest loss, whatever they are.
+
+    Regions that overlap much have much the same loss, and would teach the same several times: of these the hardest
+    alone stays (section 4.1).
+
+    Args:
+        size: regions per image.
+        threshold: IoU with a harder region above which one is dropped, in [0, 1].
+
+    Raises:
+        ValueError: ``size`` below 1, or the threshold outside [0, 1].
+    """
+
+    def __init__(self, *, size: int, threshold: float = 0.7) -> None:
+        if size < 1:
+            raise ValueError(f"HardSampler: size is {size}; it must be at least 1")
+        self.size = size
+        self.nms = BatchedNMS(threshold=threshold, class_agnostic=True)
+
+    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all positives and all background: who is hard shows when their losses are known, see ``hardest``."""
+        return (labels > 0).nonzero().flatten(), (labels == 0).nonzero().flatten()
+
+    def hardest(self, boxes: Tensor, losses: Tensor) -> Tensor:
+        """Return the rows of the chosen regions ``(S,)`` int64, ascending.
+
+        Args:
+            boxes: ``(N, 4)`` xyxy pixels.
+            losses: ``(N,)``; one that is not finite counts as the hardest, so that it is seen.
+        """
+        most = torch.finfo(losses.dtype).max
+        keep, _ = self.nms(boxes, losses.nan_to_num(nan=most, posinf=most), torch.zeros_like(losses).long())  # (K,)
+        return keep[: self.size].sort().values  # (S,)
+
+    def __repr__(self) -> str:
+        return f"HardSampler(size={self.size}, threshold={self.nms.threshold})"
 
 
 def _draw(indices: Tensor, count: int) -> Tensor:
