@@ -9,6 +9,8 @@ Letters: N examples, D features, T targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,33 +38,33 @@ def fit_ridge(features: Tensor, targets: Tensor, *, strength: float) -> tuple[Te
             f"fit_ridge: {len(features)} examples, {len(targets)} targets and strength {strength}; there must be at "
             "least one, as many of both, and a strength above 0"
         )
-    count, width = features.shape
-    mean = (
-        sum((some.double().sum(0) for some in torch.split(features, ROWS)), torch.zeros(width).double()) / count
-    )  # (D,)
+    blocks = torch.split(features, ROWS)
+    mean = torch.stack([some.double().sum(0) for some in blocks]).sum(0) / len(features)  # (D,)
     middle = targets.double().mean(0)  # (T,)
-    wanted = targets.double() - middle  # (N, T)
-    if count < width:
-        gram = torch.empty(count, count, dtype=torch.float64)  # (N, N)
-        for first, some in zip(range(0, count, ROWS), torch.split(features, ROWS), strict=True):
-            for second, other in zip(range(0, count, ROWS), torch.split(features, ROWS), strict=True):
-                product = (some.double() - mean) @ (other.double() - mean).T
-                gram[first : first + ROWS, second : second + ROWS] = product
-        shares = _solve(gram, wanted, strength)  # (N, T)
-        weight = torch.zeros(width, wanted.shape[1], dtype=torch.float64)  # (D, T)
-        for some, share in zip(torch.split(features, ROWS), torch.split(shares, ROWS), strict=True):
-            weight += (some.double() - mean).T @ share
-    else:
-        gram, moment = (
-            torch.zeros(width, width).double(),
-            torch.zeros(width, wanted.shape[1]).double(),
-        )  # (D, D), (D, T)
-        for some, want in zip(torch.split(features, ROWS), torch.split(wanted, ROWS), strict=True):
-            centred = some.double() - mean  # (n, D)
-            gram.addmm_(centred.T, centred)
-            moment.addmm_(centred.T, want)
-        weight = _solve(gram, moment, strength)  # (D, T)
+    solve = _by_examples if len(features) < features.shape[1] else _by_features
+    weight = solve(blocks, mean, targets.double() - middle, strength)  # (D, T)
     return weight, middle - mean @ weight
+
+
+def _by_features(blocks: Sequence[Tensor], mean: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """Return ``(X'X + strength I)^-1 X'T``, where X are the blocks' rows less ``mean``."""
+    gram = mean.new_zeros(len(mean), len(mean))  # (D, D)
+    moment = mean.new_zeros(len(mean), targets.shape[1])  # (D, T)
+    for some, wanted in zip(blocks, torch.split(targets, ROWS), strict=True):
+        centred = some.double() - mean  # (n, D)
+        gram.addmm_(centred.T, centred)
+        moment.addmm_(centred.T, wanted)
+    return _solve(gram, moment, strength)
+
+
+def _by_examples(blocks: Sequence[Tensor], mean: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """Return the same as ``X'(XX' + strength I)^-1 T``."""
+    products = [torch.cat([(one.double() - mean) @ (two.double() - mean).T for two in blocks], dim=1) for one in blocks]
+    shares = _solve(torch.cat(products), targets, strength)  # (N, T)
+    weight = mean.new_zeros(len(mean), targets.shape[1])  # (D, T)
+    for some, share in zip(blocks, torch.split(shares, ROWS), strict=True):
+        weight.addmm_((some.double() - mean).T, share)
+    return weight
 
 
 def _solve(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
