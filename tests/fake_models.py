@@ -106,3 +106,43 @@ def trainer(directory: Path, **settings: Any) -> L.Trainer:
         num_sanity_val_steps=0,
         **settings,
     )
+
+
+class GridProposer:
+    """Proposes the four quarters of an image, or nothing for one that is black at its first pixel."""
+
+    key = "GridProposer()"
+
+    def __call__(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        if int(image[0, 0, 0]) == 0:
+            return torch.zeros((0, 4))
+        corner = torch.tensor([[0, 0], [width // 2, 0], [0, height // 2], [width // 2, height // 2]])
+        return torch.cat([corner, corner + torch.tensor([width // 2, height // 2])], dim=1).float()
+
+
+class FakeRegions(FakeTwoStage):
+    """Is given proposals, remembers them, and proposes and finds them again."""
+
+    def __init__(self, *, num_classes: int = 2) -> None:
+        super().__init__(num_classes=num_classes)
+        self.proposer = GridProposer()
+        self.given: list[list[Tensor] | None] = []
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor | None = None,
+        targets: list[Target] | None = None,
+        proposals: list[Tensor] | None = None,
+    ) -> FakeOutputs:
+        self.given.append(proposals)
+        return super().forward(images, sizes, targets)
+
+    def proposals(self, outputs: FakeOutputs, sizes: Tensor) -> list[Detections]:
+        return [
+            Detections(boxes, torch.linspace(1, 0.5, len(boxes)), torch.zeros(len(boxes), dtype=torch.int64))
+            for boxes in self.given[-1] or []
+        ]
+
+    predict = proposals

@@ -59,6 +59,24 @@ class Moody(nn.Module):
         raise NotImplementedError
 
 
+class MoodyRegions(Moody):
+    """Is given proposals; a term of its loss is their mean."""
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor | None = None,
+        targets: Any = None,
+        proposals: list[Tensor] | None = None,
+    ) -> FakeOutputs:
+        assert proposals is not None
+        self.regions = torch.cat(proposals).mean()
+        return super().forward(images, sizes, targets)
+
+    def loss(self, outputs: FakeOutputs, targets: list[Target]) -> dict[str, Tensor]:
+        return {**super().loss(outputs, targets), "loss_regions": self.regions}
+
+
 def images(number: int, light: float = GREY, *, varied: bool = True) -> Batch:
     """Return a batch of two images, ids 10 * number and one more; the second has the light asked for."""
     targets = [
@@ -73,16 +91,16 @@ def images(number: int, light: float = GREY, *, varied: bool = True) -> Batch:
     return made
 
 
-def make_task(optimizer: Any = None, **model: Any) -> Detection:
+def make_task(optimizer: Any = None, kind: type[Moody] = Moody, **model: Any) -> Detection:
     """Return a task around the model, whose weights are the same every time."""
     torch.manual_seed(3)
     optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
-    return Detection(model=Moody(**model), optimizer=optimizer, class_names=NAMES, monitor="val/map")
+    return Detection(model=kind(**model), optimizer=optimizer, class_names=NAMES, monitor="val/map")
 
 
-def stamp(**model: Any) -> CheckpointStamp:
+def stamp(kind: str = "Moody", **model: Any) -> CheckpointStamp:
     """Return the callback that says how the model of ``make_task`` is built."""
-    return CheckpointStamp(config={"model": {"_target_": "guarded_models.Moody", "num_classes": 2, **model}})
+    return CheckpointStamp(config={"model": {"_target_": f"guarded_models.{kind}", "num_classes": 2, **model}})
 
 
 def fit(directory: Path, task: Detection, batches: list[Batch], guard: Guard | None, **settings: Any) -> L.Trainer:
@@ -90,7 +108,11 @@ def fit(directory: Path, task: Detection, batches: list[Batch], guard: Guard | N
     from fake_models import loader, trainer
 
     model = {"dropout": 0.5} if task.model.dropout.p else {}
-    callbacks = [stamp(**model), *([] if guard is None else [guard]), *settings.pop("callbacks", [])]
+    callbacks = [
+        stamp(type(task.model).__name__, **model),
+        *([] if guard is None else [guard]),
+        *settings.pop("callbacks", []),
+    ]
     runner = trainer(directory, callbacks=callbacks, limit_val_batches=0, **settings)
     runner.fit(task, loader(*batches))
     return runner

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from detseg.data import DataError, DetectionEval, SemanticEval
 from detseg.predictor import Predictor, as_image
+from fake_models import FakeRegions, GridProposer
 from tiny_models import BrightBox, BrightMap
 
 BOX = (30, 20, 150, 80)  # x1, y1, x2, y2 in a photo of 200 x 100
@@ -86,3 +87,19 @@ def test_it_is_in_eval_mode_and_moves_as_a_whole():
     assert not ours.model.training
     assert ours.device == torch.device("cpu")
     assert ours.to(torch.float64).model.head.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [None, (50, 100)])
+def test_proposals_are_of_the_photo_as_it_is(size):
+    """A model that is given its regions gets those of the photo, resized with it, as in training."""
+    transform = None if size is None else DetectionEval(size=size)
+    model = FakeRegions()
+    ours = Predictor(model=model, class_names=["cat", "dog"], transform=transform)
+    dark, bright = photo(), torch.full((3, 30, 40), 9, dtype=torch.uint8)  # GridProposer finds nothing in the first
+    found = ours([dark, bright])
+    assert [len(one) for one in found] == [0, 4]
+    assert_close(found[1].boxes, GridProposer()(bright))
+    (given,) = model.given
+    scale = torch.ones(4) if size is None else torch.tensor([100 / 40, 50 / 30] * 2)
+    assert given is not None and given[0].shape == (0, 4)
+    assert_close(given[1], GridProposer()(bright) * scale)

@@ -243,6 +243,7 @@ def build(cfg: DictConfig) -> Run:
     cfg.data.num_classes = data.num_classes
     OmegaConf.resolve(cfg)
     task = build_task(cfg, class_names=data.class_names)
+    data.proposer = getattr(task.model, "proposer", None)
     return Run(cfg=cfg, data=data, task=task, trainer=build_trainer(cfg))
 
 

@@ -76,6 +76,7 @@ def evaluate(cfg: DictConfig) -> Outcome:
     predictor = load(cfg.ckpt, allow=allow)
     data = instantiate(cfg.data, allow=allow, path="data")
     compare_classes(predictor.class_names, data.class_names, cfg.ckpt)
+    data.proposer = getattr(predictor.model, "proposer", None)
     task = rebuild_task(predictor, read_stamp(cfg.ckpt), allow=allow, voc_ap=cfg.voc_ap)
     directory = Path(cfg.paths.output_dir)
     writer = PredictionWriter(directory=directory, category_ids=data.category_ids)

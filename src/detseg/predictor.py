@@ -89,7 +89,8 @@ class Predictor(nn.Module):
         pixels = batch.images.to(self.device).float() / 255  # (B, 3, H, W)
         sizes = batch.sizes.to(self.device)  # (B, 2)
         model = cast(Any, self.model)
-        answers = model.predict(model(pixels, sizes), sizes)
+        given = {} if batch.proposals is None else {"proposals": [boxes.to(self.device) for boxes in batch.proposals]}
+        answers = model.predict(model(pixels, sizes, **given), sizes)
         return [
             _resize(answer.cpu(), (int(size[0]), int(size[1])), (image.shape[-2], image.shape[-1]))
             for answer, size, image in zip(answers, batch.sizes, images, strict=True)
@@ -100,8 +101,17 @@ class Predictor(nn.Module):
             boxes=torch.zeros((0, 4)),
             labels=torch.zeros(0, dtype=torch.int64),
             size=(image.shape[-2], image.shape[-1]),
+            proposals=self._propose(image),
         )
         return (image, nothing) if self.transform is None else self.transform(image, nothing)
+
+    def _propose(self, image: Tensor) -> Tensor | None:
+        """Return the regions ``(N, 4)`` of a photo that the model shall look at; ``None`` where it finds its own.
+
+        They are of the photo as it is, as in training and evaluation.
+        """
+        proposer = getattr(self.model, "proposer", None)
+        return None if proposer is None else cast(Tensor, proposer(image.as_subclass(Tensor)))
 
 
 def as_image(photo: Photo, place: int = 0) -> Tensor:

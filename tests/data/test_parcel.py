@@ -23,6 +23,7 @@ def batch() -> Batch:
             semantic=SemanticMap(torch.full((6, 5), number)),
             panoptic=PanopticMap(torch.ones((6, 5), dtype=torch.int64), torch.tensor([2]), torch.tensor([True])),
             file=f"{number}.png",
+            proposals=torch.rand((2 * number, 4), generator=generator),
         )
         image = torch.randint(0, 256, (3, 6, 5), dtype=torch.uint8, generator=generator)
         samples.append(Sample(image, target, target))
@@ -45,6 +46,9 @@ def test_a_parcel_arrives_as_the_batch_it_was() -> None:
     assert isinstance(received, Batch) and received.truths is not None and sent.truths is not None
     assert_close(received.images, sent.images)
     assert_close(received.sizes, sent.sizes)
+    assert sent.proposals is not None and received.proposals is not None
+    for mine, theirs in zip(sent.proposals, received.proposals, strict=True):
+        assert_close(mine, theirs, rtol=0, atol=0)
     for one, other in zip([*sent.targets, *sent.truths], [*received.targets, *received.truths], strict=True):
         same(one, other)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detseg.data.sample import Sample, collate
+from detseg.data.sample import Sample, collate, empty_batch
 from detseg.structures import Target
 
 
@@ -37,3 +37,21 @@ def test_truths_are_for_all_or_none() -> None:
         collate([sample(4, 4, truth=True), sample(4, 4)])
     with pytest.raises(ValueError, match="at least one sample"):
         collate([])
+
+
+def test_proposals_move_into_the_batch_of_all_or_none() -> None:
+    proposed = [sample(4, 4), sample(4, 4, image_id=1)]
+    for number, one in enumerate(proposed):
+        one.target.proposals = torch.ones((2 * number, 4))  # the first image has none
+    batch = collate(proposed)
+    assert batch.proposals is not None and [boxes.shape for boxes in batch.proposals] == [(0, 4), (2, 4)]
+    assert [target.proposals for target in batch.targets] == [None, None]
+    assert proposed[1].target.proposals is not None  # the sample stays as it was
+    assert collate([sample(4, 4)]).proposals is None
+    with pytest.raises(ValueError, match="2 of 3 samples have proposals"):
+        collate([*proposed, sample(4, 4)])
+
+
+def test_a_batch_without_images_has_proposals_where_the_others_have() -> None:
+    assert empty_batch().proposals is None
+    assert empty_batch(64, proposals=True).proposals == [] and len(empty_batch(64, proposals=True)) == 0

@@ -159,3 +159,45 @@ def test_recipes_of_a_group_share_their_arguments(recipe: type[Recipe]) -> None:
     assert inspect.signature(SemanticEval.__init__) == inspect.signature(DetectionEval.__init__)
     arguments: dict[str, Any] = {"size": (8, 8)}
     assert isinstance(recipe(**arguments), Recipe)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        DetectionEval(size=(50, 90)),
+        DetectionEval(short_side=33, long_side=60),
+        Recipe(flip=1.0),
+        Recipe(vertical_flip=1.0, hue=0.1),
+        DetectionTrain(size=(64, 64), scale=(0.4, 2.5), vertical_flip=0.5, brightness=0.3, min_visible=0.0),
+        DetectionTrain(crop=(30, 30), scale=(0.7, 1.3), min_visible=0.0),
+        DetectionTrain(short_side=48, scale=(0.5, 1.5), min_side=3.0, min_visible=0.0),
+    ],
+    ids=repr,
+)
+def test_a_proposal_that_is_an_objects_box_stays_it(recipe: Recipe) -> None:
+    """Of an object any part stays where ``min_visible`` is 0, as of a proposal."""
+    image, target = scene(masks=False)
+    target.proposals = target.boxes.clone()
+    kept = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        _, changed = recipe(image, target)
+        assert changed.proposals is not None
+        assert_close(changed.proposals, changed.boxes, rtol=0, atol=0)
+        kept.add(len(changed.boxes))
+    assert max(kept) >= 2
+
+
+def test_of_a_proposal_any_part_that_is_large_enough_stays() -> None:
+    image, target = scene()
+    target.proposals = torch.tensor([[0.0, 0, 60, 40], [58, 0, 60, 40], [10, 10, 10, 20], [-5, -5, 1, 1]])
+    _, seen = DetectionEval(size=(80, 120))(image, target)
+    assert seen.proposals is not None
+    assert seen.proposals.tolist() == [[0, 0, 120, 80], [116, 0, 120, 80], [0, 0, 2, 2]]  # one had no area
+    _, seen = Recipe(min_side=3.0, min_visible=0.5)(image, target)
+    assert seen.proposals is not None and seen.proposals.tolist() == [[0, 0, 60, 40]]
+    _, none = Recipe()(image, scene()[1])
+    assert none.proposals is None
+    target.proposals = torch.zeros((0, 4))
+    _, empty = Recipe(flip=1.0, crop=(20, 20))(image, target)
+    assert empty.proposals is not None and empty.proposals.shape == (0, 4)

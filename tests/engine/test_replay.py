@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from detseg.callbacks import Guard
 from detseg.cli.main import main
 from detseg.engine.half import HalfWeights
 from detseg.engine.replay import describe, replay
-from guarded_models import BRIGHT, DARK, fit, images, make_task
+from guarded_models import BRIGHT, DARK, MoodyRegions, fit, images, make_task
 
 ALLOW = ["guarded_models"]
 
@@ -143,3 +144,14 @@ def test_a_run_that_diverges_ends_with_an_error_a_file_and_no_nan(tmp_path: Path
             assert "nan" not in file.read_text().lower(), file
     assert main(["replay", str(path)]) == 0
     assert capsys.readouterr().out.strip().endswith("reproduced")
+
+
+def test_a_model_that_is_given_proposals_gets_the_same_again(tmp_path: Path):
+    batches = [replace(one, proposals=[torch.full((3, 4), 0.25)] * 2) for one in (images(0), images(1, DARK))]
+    task = make_task(kind=MoodyRegions)
+    with pytest.raises(FloatingPointError):
+        fit(tmp_path, task, batches, Guard())
+    (path,) = tmp_path.glob("nonfinite_step_*.pt")
+    recorded = torch.load(path, weights_only=True)["windows"][0]["batches"][0]["terms"]
+    found = replay(path, allow=ALLOW)
+    assert found.reproduced and found.terms[0]["loss_regions"] == float(recorded["loss_regions"]) == 0.25

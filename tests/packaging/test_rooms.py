@@ -46,6 +46,7 @@ BESIDE = {
 }
 KNOWN_BESIDE = {
     "nn": {"durable"},
+    "data": {"atomic"},
     "callbacks": {"stamp", "visualize", "lettering", "results", "atomic", "durable", "secrecy", "storage"},
     "engine": set(BESIDE),
     "cli": set(BESIDE),

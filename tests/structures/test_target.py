@@ -52,3 +52,16 @@ def test_errors_name_the_image_and_its_file() -> None:
         Target(boxes=torch.zeros(1, 4), labels=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="label 0 is -1"):
         Target(boxes=torch.zeros(1, 4), labels=torch.tensor([-1]))
+
+
+def test_proposals_are_no_objects_and_are_checked_as_boxes() -> None:
+    target = two()
+    target.proposals = torch.arange(12.0).reshape(3, 4)
+    second = target[torch.tensor([False, True])]
+    assert len(second) == 1 and second.proposals is target.proposals
+    moved = target.to("meta").proposals
+    assert moved is not None and moved.is_meta
+    none = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), proposals=torch.zeros(0, 4))
+    assert none.proposals is not None and two().proposals is None
+    with pytest.raises(ValueError, match=r"image 3, proposals: box 1 is .*nan"):
+        Target(torch.zeros(1, 4), torch.tensor([0]), image_id=3, proposals=torch.tensor([[0.0] * 4, [torch.nan] * 4]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from detseg import tasks
 from detseg.structures import Detections, SemanticMap, Target
-from fake_models import FakeDetector, FakeSegmenter, FakeTwoStage, batch, boxes, loader, trainer
+from fake_models import FakeDetector, FakeRegions, FakeSegmenter, FakeTwoStage, batch, boxes, loader, trainer
 
 NAMES = ["apple", "pear"]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -108,3 +109,26 @@ def test_semantic_logs_iou_per_class(tmp_path: Path):
     assert logged["val/dice/pear"] == pytest.approx(2 * 0.75 / 1.75)  # Dice = 2 IoU / (1 + IoU)
     assert "val/iou/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
     assert logged["val/pixel_accuracy"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["some", "none"])
+def test_proposals_of_a_batch_reach_the_model_in_every_step(empty: bool, tmp_path: Path):
+    """Two of the three given are the objects; an image without any is one as any other."""
+    given = [boxes() if empty else boxes((0, 0, 8, 8), (8, 8, 16, 16), (0, 8, 4, 12))]
+    model = FakeRegions()
+    task = make(tasks.TwoStageDetection, model)
+    seen = replace(batch([truth((0, 0, 8), (8, 8, 8))]), proposals=given)
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(task, loader(seen), loader(seen))
+    assert [proposals[0].tolist() for proposals in model.given] == [given[0].tolist()] * 2
+    assert task.results["val"]["proposal_ar_100"] == (0 if empty else 1)
+    runner.predict(task, loader(seen))
+    assert len(model.given) == 3 and model.given[2][0].tolist() == given[0].tolist()
+
+
+def test_a_model_without_proposals_is_given_none(tmp_path: Path):
+    """It has no such argument: giving it one would be an error."""
+    runner = trainer(tmp_path, max_epochs=1)
+    seen = batch([truth((0, 0, 8))])
+    runner.fit(make(tasks.Detection, FakeDetector()), loader(seen), loader(seen))
+    assert runner.global_step == 1

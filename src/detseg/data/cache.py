@@ -47,7 +47,7 @@ def fingerprint(*, options: str, contents: Iterable[Path], folders: Iterable[Pat
 
 def load(key: str) -> tuple[AnnotationStore, Report] | None:
     """Return the store and report kept under ``key``, or ``None``; a file that cannot be read counts as absent."""
-    for folder in _folders():
+    for folder in folders():
         path = folder / f"{key}.npz"
         if not path.is_file():
             continue
@@ -64,7 +64,7 @@ def load(key: str) -> tuple[AnnotationStore, Report] | None:
 def save(key: str, store: AnnotationStore, report: Report) -> Path | None:
     """Keep a store and its report under ``key``; return the file, or ``None`` where nothing can be written."""
     text = np.frombuffer(report.to_json().encode(), dtype=np.uint8)
-    for folder in _folders():
+    for folder in folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
@@ -82,7 +82,8 @@ def save(key: str, store: AnnotationStore, report: Report) -> Path | None:
     return None
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
+    """Yield the folders in which files are kept between runs, best first; none need exist."""
     if os.environ.get("DETSEG_CACHE"):
         yield Path(os.environ["DETSEG_CACHE"])
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,15 @@ class StoreDataset(SampleDataset):
     def file_of(self, index: int) -> str:
         """Return the path of image ``index``."""
         return str(self.root / self.store.files[int(self._rows[index])])
+
+    def identity(self, index: int) -> str:
+        """Return the path of image ``index``, its size in bytes and the time of its last change."""
+        path = self.file_of(index)
+        try:
+            state = os.stat(path)
+        except OSError:  # whoever reads it names it
+            return ""
+        return f"{path} {state.st_size} {state.st_mtime_ns}"
 
     def prepare(self) -> None:
         """Load every image and map, if ``cache_images``; forked workers share the arrays."""

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Sampler
 from detseg.data.check import DataError, Report, both_lists, check_classes
 from detseg.data.loader import LateLoader, calm_worker
 from detseg.data.parcel import ship
+from detseg.data.proposals import ProposedDataset
 from detseg.data.sample import Sample, SampleDataset, collate, empty_batch
 from detseg.data.samplers import EvalSampler, TrainSampler
 from detseg.data.split import TransformedSplit
 from detseg.data.watch import Watch
+from detseg.ops.proposer import Proposer
 from detseg.structures import Batch
 
 log = logging.getLogger(__name__)
@@ -86,9 +88,13 @@ class DetectionData(L.LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.size_divisor, self.drop_last = num_workers, size_divisor, drop_last
         self.pin_memory = pin_memory
+        self.proposer: Proposer | None = None
+        """Makes the regions that the model looks at, where it does not make its own: every sample and batch then has
+        proposals, kept on disk. ``detseg.build`` sets it."""
         self.last_batch: Batch | None = None
         """The batch of the step that runs or ran last, as the loader gave it, in host memory."""
         self._read: dict[str, SampleDataset] = {}
+        self._proposed: dict[str, ProposedDataset] = {}
 
     def read(self, split: str) -> SampleDataset:
         """Return the untransformed samples of ``split``; subclasses override this. Called once per split."""
@@ -106,6 +112,26 @@ class DetectionData(L.LightningDataModule):
                 raise DataError(f"{self._owner} has no split {split!r}; it has {', '.join(self.splits)}")
             self._read[split] = self._checked(split, self.read(split))
         return self._read[split]
+
+    def samples(self, split: str) -> SampleDataset:
+        """Return the samples of ``split`` as loaders read them: with a ``proposer``, with their proposals."""
+        samples = self.dataset(split)
+        if self.proposer is None:
+            return samples
+        known = self._proposed.get(split)
+        if known is None or known.proposer is not self.proposer:
+            known = self._proposed[split] = ProposedDataset(samples=samples, proposer=self.proposer, name=split)
+        return known
+
+    def fill_proposals(self, split: str) -> None:
+        """Make the missing proposals of ``split``, unless the trainer looks at a few images alone; see ``samples``.
+
+        Does nothing without a ``proposer``. Proposals that are missing later are made where they are missed.
+        """
+        samples = self.samples(split)
+        if isinstance(samples, ProposedDataset) and not _samples_few(self.trainer, split):
+            rank, world_size = self._ranks()
+            samples.fill(workers=self.num_workers, rank=rank, world_size=world_size)
 
     @property
     def class_names(self) -> list[str]:
@@ -129,15 +155,18 @@ class DetectionData(L.LightningDataModule):
         return {split: report for split, report in reports.items() if report is not None}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check the splits that ``stage`` (fit, validate, test, predict; ``None``: all) needs."""
+        """Read and check the splits that ``stage`` (fit, validate, test, predict; ``None``: all) needs.
+
+        With a ``proposer`` their proposals are made too.
+        """
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
         for split in self.splits if stage is None else needed.get(stage, ()):
             if split in self.splits:
-                self.dataset(split)
+                self.fill_proposals(split)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled, augmented training batches; the order depends on (seed, epoch) alone."""
-        samples = self.dataset("train")
+        samples = self.samples("train")
         rank, world_size = self._ranks()
         sampler = TrainSampler(length=len(samples), seed=self.seed, rank=rank, world_size=world_size)
         split = TransformedSplit(samples=samples, transform=self.train_transform, seed=self.seed, name="train")
@@ -150,11 +179,11 @@ class DetectionData(L.LightningDataModule):
 
         A rank for which there is no image gets a batch of none.
         """
-        samples = self.dataset(split)
+        samples = self.samples(split)
         rank, world_size = self._ranks()
         sampler = EvalSampler(length=len(samples), rank=rank, world_size=world_size)
         if not len(sampler):  # Lightning would leave out this rank's evaluation, and the others wait for its figures
-            return DataLoader(cast(Any, [empty_batch(self.size_divisor)]), batch_size=None)
+            return DataLoader(cast(Any, [self._no_images()]), batch_size=None)
         transformed = TransformedSplit(samples=samples, transform=self.eval_transform, with_truth=True, name=split)
         return self._loader(transformed, sampler, self.eval_batch_size, drop_last=False)
 
@@ -219,6 +248,9 @@ class DetectionData(L.LightningDataModule):
         strategy = getattr(self.trainer, "strategy", None)
         return strategy is not None and bool(strategy.root_device.type == "cuda")
 
+    def _no_images(self) -> Batch:
+        return empty_batch(self.size_divisor, proposals=self.proposer is not None)
+
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
@@ -243,6 +275,15 @@ class DetectionData(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # of its own: drawing from the global one would tie
             # the weights' random numbers to how often a loader was iterated
         )
+
+
+def _samples_few(trainer: L.Trainer | None, split: str) -> bool:
+    """Say whether a trainer stops after a few batches of a split, as for a quick look."""
+    if trainer is None:
+        return False
+    own: Any = trainer  # Lightning gives these no types
+    limit = getattr(own, f"limit_{split}_batches", 1.0)
+    return bool(own.fast_dev_run or own.overfit_batches or limit != 1.0)
 
 
 @rank_zero_only

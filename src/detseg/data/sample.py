@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,10 @@ class SampleDataset(Dataset[Sample], ABC):
         """Return where image ``index`` comes from, for messages; nothing where that is no file."""
         return ""
 
+    def identity(self, index: int) -> str:
+        """Return what changes whenever the pixels of image ``index`` do, without decoding; empty: nothing tells."""
+        return ""
+
     def prepare(self) -> None:
         """Do what pays before workers start, such as decoding images once; called in the main process."""
 
@@ -58,14 +63,15 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
     """Pad images at the right and the bottom to one size and stack them.
 
     Args:
-        samples: at least one; either all or none of them have a ``truth``.
+        samples: at least one; either all or none of them have a ``truth``, and likewise proposals in their targets.
         size_divisor: the padded height and width are multiples of this many pixels, the coarsest stride of a pyramid.
 
     Returns:
-        A batch with uint8 images ``(B, 3, H, W)``; targets, their masks and maps are not padded.
+        A batch with uint8 images ``(B, 3, H, W)``; targets, their masks and maps are not padded. Proposals move from
+        the targets into the batch.
 
     Raises:
-        ValueError: no samples, or only some have a ``truth``.
+        ValueError: no samples, or only some have a ``truth`` or proposals.
     """
     if not samples:
         raise ValueError("collate: a batch needs at least one sample, got none")
@@ -76,17 +82,26 @@ def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
         h, w = heights_widths[row]
         images[row, :, :h, :w] = sample.image.as_subclass(Tensor)
     truths = [sample.truth for sample in samples if sample.truth is not None]
-    if truths and len(truths) != len(samples):
-        raise ValueError(f"collate: {len(truths)} of {len(samples)} samples have a truth; give it for all or for none")
+    proposals = [sample.target.proposals for sample in samples if sample.target.proposals is not None]
+    for kind, number in {"a truth": len(truths), "proposals": len(proposals)}.items():
+        if number not in (0, len(samples)):
+            raise ValueError(f"collate: {number} of {len(samples)} samples have {kind}; give it for all or for none")
     return Batch(
         images=images,
         sizes=torch.tensor(heights_widths, dtype=torch.int64),  # (B, 2)
-        targets=[sample.target for sample in samples],
+        targets=[replace(sample.target, proposals=None) if proposals else sample.target for sample in samples],
         truths=truths or None,
+        proposals=proposals or None,
     )
 
 
-def empty_batch(side: int = 32) -> Batch:
-    """Return a batch without images, ``side`` pixels high and wide, for a process that has none to evaluate."""
+def empty_batch(side: int = 32, *, proposals: bool = False) -> Batch:
+    """Return a batch without images, for a process that has none to evaluate.
+
+    Args:
+        side: its height and width in pixels.
+        proposals: whether the other batches have proposals.
+    """
     images = torch.zeros((0, 3, side, side), dtype=torch.uint8)  # (0, 3, H, W)
-    return Batch(images=images, sizes=torch.zeros((0, 2), dtype=torch.int64), targets=[], truths=[])
+    sizes = torch.zeros((0, 2), dtype=torch.int64)
+    return Batch(images=images, sizes=sizes, targets=[], truths=[], proposals=[] if proposals else None)

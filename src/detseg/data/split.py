@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class TransformedSplit(Dataset[Sample]):
 
     def _sample(self, epoch: int, index: int) -> Sample:
         image, target, _ = self.samples[index]
-        truth = target if self.with_truth else None
+        truth = replace(target, proposals=None) if self.with_truth else None
         if self.transform is None:
             return Sample(image, target, truth)
         with seeded(self.seed, epoch, index):

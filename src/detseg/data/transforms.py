@@ -1,7 +1,8 @@
 """Recipes: how an image and its truth become what a model is fed.
 
 Built on ``torchvision.transforms.v2`` and tv_tensors. Geometry comes first, so that colour is changed on the small
-image; images stay uint8. Boxes, labels, masks, crowd and difficult flags and areas are dropped together.
+image; images stay uint8. Boxes, labels, masks, crowd and difficult flags and areas are dropped together. Proposals go
+where boxes go.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, ResizeAndCrop
+from detseg.ops.boxes import clip_boxes
 from detseg.structures import PanopticMap, SemanticMap, Target
 
 Size = Sequence[int]
@@ -37,8 +39,9 @@ class Recipe:
         vertical_flip: probability of mirroring top and bottom; for images without an up, as under a microscope.
         brightness, contrast, saturation: factors are drawn from ``[1 - x, 1 + x]``; 0 leaves the step out.
         hue: the hue is turned by up to this share of the full circle, 0 to 0.5.
-        min_side: objects whose clipped box is narrower or lower than this many pixels are dropped.
-        min_visible: objects of which less than this share of the box is left after the crop are dropped.
+        min_side: objects and proposals whose clipped box is narrower or lower than this many pixels are dropped.
+        min_visible: objects of which less than this share of the box is left after the crop are dropped. Of a proposal
+            any part that is large enough stays.
         fill: grey value of pixels outside the image.
 
     Raises:
@@ -141,9 +144,11 @@ class SemanticEval(DetectionEval):
 
 def _parts(image: Tensor, target: Target) -> dict[str, Any]:
     """Wrap what geometry changes in tv_tensors, so that each v2 transform treats it as what it is."""
-    height, width = image.shape[-2:]
-    boxes = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=(height, width), clamping_mode=None)
-    parts: dict[str, Any] = {"image": tv_tensors.Image(image), "boxes": boxes}
+    parts: dict[str, Any] = {"image": tv_tensors.Image(image)}
+    for name, boxes in {"boxes": target.boxes, "proposals": target.proposals}.items():
+        if boxes is not None:
+            size = (image.shape[-2], image.shape[-1])
+            parts[name] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size, clamping_mode=None)
     if target.masks is not None:
         parts["masks"] = tv_tensors.Mask(target.masks)
     if target.semantic is not None:
@@ -157,9 +162,7 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
     """Clip the boxes, drop what the crop left too little of, and put the target together again."""
     size = (parts["image"].shape[-2], parts["image"].shape[-1])
     boxes = parts["boxes"].as_subclass(Tensor)  # (N, 4), possibly beyond the image
-    clipped = boxes.clone()
-    clipped[:, 0::2].clamp_(0, size[1])
-    clipped[:, 1::2].clamp_(0, size[0])
+    clipped = clip_boxes(boxes, torch.tensor(size))  # (N, 4)
     sides = clipped[:, 2:] - clipped[:, :2]  # (N, 2)
     area = target.area * _box_areas(clipped) / _box_areas(target.boxes).clamp(min=1e-6)  # (N,) grows and is cut alike
     visible = _box_areas(clipped) / _box_areas(boxes).clamp(min=1e-6)  # (N,) in [0, 1]
@@ -178,8 +181,18 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
         size=size,
         semantic=_semantic(target.semantic, parts),
         panoptic=_panoptic(target.panoptic, parts),
+        proposals=_proposals(parts, size, min_side),
     )
     return changed if bool(kept.all()) else changed[kept]
+
+
+def _proposals(parts: dict[str, Any], size: tuple[int, int], min_side: float) -> Tensor | None:
+    """Return the proposals ``(P, 4)`` clipped to the image, without those of which too little or nothing is left."""
+    if "proposals" not in parts:
+        return None
+    clipped = clip_boxes(parts["proposals"].as_subclass(Tensor), torch.tensor(size))
+    sides = clipped[:, 2:] - clipped[:, :2]  # (P, 2)
+    return clipped[((sides >= min_side) & (sides > 0)).all(dim=1)]
 
 
 def _box_areas(boxes: Tensor) -> Tensor:

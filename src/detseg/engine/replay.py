@@ -23,6 +23,7 @@ from detseg.nn.weights import load_weights, read_plain
 from detseg.stamp import STAMP_KEY
 from detseg.structures import Batch
 from detseg.structures.plain import from_plain
+from detseg.tasks.proposals import given_proposals
 
 USAGE = """usage: detseg replay <nonfinite_step_N.pt or its run's directory> [device=cpu] [allow=[mypackage]]
 
@@ -209,7 +210,7 @@ def _step(model: nn.Module, entry: Mapping[str, Any], setting: _Setting) -> tupl
     if entry["cuda"] is not None and setting.place.type == "cuda":
         torch.cuda.set_rng_state(entry["cuda"], setting.place)
     with torch.autocast(setting.place.type, dtype=setting.autocast, enabled=setting.autocast is not None):
-        outputs = model(images, batch.sizes, batch.targets)
+        outputs = model(images, batch.sizes, batch.targets, **given_proposals(batch))
         terms: dict[str, Tensor] = cast(Any, model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()
     if loss.requires_grad:

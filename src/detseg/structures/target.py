@@ -29,6 +29,8 @@ class Target(TensorFields):
         semantic: the class of each pixel, or ``None``.
         panoptic: the segment of each pixel, or ``None``.
         file: where the image came from, for messages; may be empty.
+        proposals: ``(P, 4)`` float, xyxy in the same pixels: regions in which an object may lie, made before the model
+            runs. No truth, and no rows of objects: selecting objects leaves them whole. ``None``: none were made.
 
     Raises:
         ValueError: shapes disagree, a coordinate is not finite, or a label is negative; the message names the image.
@@ -45,6 +47,7 @@ class Target(TensorFields):
     semantic: SemanticMap | None = None
     panoptic: PanopticMap | None = None
     file: str = ""
+    proposals: Tensor | None = None
 
     def __post_init__(self) -> None:
         owner = f"Target of image {self.image_id}" + (f" ({self.file})" if self.file else "")
@@ -67,12 +70,14 @@ class Target(TensorFields):
         )
         check_labels(owner, self.labels)
         check_masks(owner, self.masks)
+        if self.proposals is not None:
+            check_boxes(f"{owner}, proposals", self.proposals)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Self:
-        """Select objects by a bool mask, indices or a slice; the maps stay whole."""
+        """Select objects by a bool mask, indices or a slice; the maps and the proposals stay whole."""
         return replace(
             self,
             boxes=self.boxes[index],

@@ -22,6 +22,7 @@ from detseg.tasks.groups import choose_rates, chosen_rates, parameter_groups, pe
 from detseg.tasks.guarding import StepGuard, clip_gradients
 from detseg.tasks.position import POSITION, Position
 from detseg.tasks.processes import world_size
+from detseg.tasks.proposals import given_proposals
 from detseg.tasks.rows import MeanRow, TrainRow
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ class Task(L.LightningModule):
     def forward(self, batch: Batch) -> list[Prediction]:
         """Return predictions in the pixels of the batch's images, in whatever mode the model is."""
         predict = cast(Any, self.model).predict
-        return cast("list[Prediction]", predict(self.model(self._images(batch), batch.sizes), batch.sizes))
+        outputs = self.model(self._images(batch), batch.sizes, **given_proposals(batch))
+        return cast("list[Prediction]", predict(outputs, batch.sizes))
 
     def on_fit_start(self) -> None:
         """Refuse what would end the process without a word.
@@ -166,7 +168,7 @@ class Task(L.LightningModule):
         """
         if self.guard is not None:
             self.guard.take(batch)
-        outputs = self.model(self._images(batch), batch.sizes, batch.targets)
+        outputs = self.model(self._images(batch), batch.sizes, batch.targets, **given_proposals(batch))
         terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         loss = torch.stack(list(terms.values())).sum()
         every = cast(Any, self.trainer).log_every_n_steps  # 0: never
@@ -222,7 +224,7 @@ class Task(L.LightningModule):
             # Two-stage losses sample: the same samples whatever ran before, and training is none the wiser. An image
             # that is a batch of its own has the same number on every count of processes.
             torch.manual_seed(batch_index * world_size() + self.global_rank)
-            outputs = self.model(self._images(batch), batch.sizes, batch.targets)
+            outputs = self.model(self._images(batch), batch.sizes, batch.targets, **given_proposals(batch))
             terms: dict[str, Tensor] = cast(Any, self.model).loss(outputs, batch.targets)
         figures = {"loss": torch.stack(list(terms.values())).sum(), **terms, **self._diagnose(outputs, batch)}
         self.mean_rows[stage].add(figures, images=len(batch))

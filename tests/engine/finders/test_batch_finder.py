@@ -17,8 +17,9 @@ from detseg.data import Orchard
 from detseg.data.transforms import DetectionTrain
 from detseg.engine.finders import batch_finder
 from detseg.engine.finders.batch_finder import Attempt, find_batch, override_line, search, try_size
-from detseg.engine.finders.batch_trial import first_device, means_memory, prepare
-from detseg.engine.finders.worst_batch import Worst, batch_of, find_worst, read_worst
+from detseg.engine.finders.batch_trial import first_device, means_memory, most_proposals, prepare
+from detseg.engine.finders.worst_batch import Worst, WorstData, batch_of, find_worst, read_worst
+from detseg.ops.selective_search import SelectiveSearch
 from detseg.structures import Target
 
 TINY = ["trainer=cpu", "data.train_images=16", "data.val_images=2", "data.num_workers=0", "data.image_size=64"]
@@ -74,6 +75,25 @@ class TestWorst:
         for target in batch.targets:
             assert len(target) == len(worst.target) and target.masks.shape == (len(target), 80, 100)
             torch.testing.assert_close(target.boxes, worst.target.boxes * torch.tensor([100 / 96, 80 / 64] * 2))
+
+    def test_a_model_that_is_given_proposals_gets_as_many_as_there_may_be(self):
+        batch = batch_of(Worst((80, 100), find_worst(self.data(), scan=2).target, 1), 2, proposals=70)
+        assert [boxes.shape for boxes in batch.proposals] == [(70, 4)] * 2
+        for boxes in batch.proposals:
+            assert (boxes[:, :2] < boxes[:, 2:]).all() and (boxes >= 0).all()
+            assert (boxes.amax(dim=0)[2:] <= torch.tensor([100, 80])).all() and boxes[:, 2].max() > 90
+        given = WorstData(worst=find_worst(self.data(), scan=2), batch_size=3, proposals=0)
+        assert [len(boxes) for boxes in next(iter(given.train_dataloader())).proposals] == [0, 0, 0]
+        assert next(iter(WorstData(worst=given.worst, batch_size=3).train_dataloader())).proposals is None
+
+    @pytest.mark.parametrize(
+        "proposer, expected",
+        [(SelectiveSearch(limit=9), 9), (SelectiveSearch(limit=None), 10_000), (None, None)],
+    )
+    def test_their_number_is_the_limit_of_what_makes_them(self, proposer: object, expected: int | None):
+        model = torch.nn.Linear(1, 1)
+        model.proposer = proposer
+        assert most_proposals(model) == expected and most_proposals(torch.nn.Linear(1, 1)) is None
 
     def test_comes_back_from_its_file(self, tmp_path: Path):
         worst = find_worst(Orchard(train_images=4, image_size=64, truth="semantic"), scan=None)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from detseg.config import build_task, build_trainer
 from detseg.engine.explain import is_out_of_memory
@@ -26,6 +27,9 @@ KEPT = ("ema", "compile")
 
 ONEDNN = ("could not create a primitive", "could not create a memory")
 """What oneDNN says where it finds no memory, and elsewhere; of a model that trained with fewer images it is memory."""
+
+UNLIMITED = 10_000
+"""Proposals of an image where nothing limits them; about as many as selective search makes of a full photo."""
 
 CUDNN = "unable to find an engine to execute this computation"
 """What cuDNN says where no kernel's workspace fits, and elsewhere; taken as oneDNN's words are."""
@@ -67,13 +71,14 @@ def attempt(cfg: DictConfig, worst_file: Path, images: int, share: float) -> dic
     """Take two steps with ``images`` images; return peak memory in bytes and seconds of the second step."""
     steps, accumulated = 2, min(2, cfg.trainer.accumulate_grad_batches)
     prepare(cfg, steps, accumulated)
+    task = build_task(cfg, class_names=list(cfg.find.class_names))
     data = WorstData(
         worst=read_worst(worst_file),
         batch_size=images,
         size_divisor=cfg.data.size_divisor,
         batches=steps * accumulated,
+        proposals=most_proposals(task.model),
     )
-    task = build_task(cfg, class_names=list(cfg.find.class_names))
     trainer = build_trainer(cfg)
     place = trainer.strategy.root_device
     if place.type == "cuda" and share < 1:
@@ -82,6 +87,12 @@ def attempt(cfg: DictConfig, worst_file: Path, images: int, share: float) -> dic
     trainer.callbacks.append(clock)  # type: ignore[attr-defined]  # a list; Lightning types it away
     trainer.fit(task, datamodule=data)
     return {"bytes": peak_memory(place), "seconds": clock.last}
+
+
+def most_proposals(model: nn.Module) -> int | None:
+    """Return how many proposals an image may bring to a model; ``None`` for one that makes its own."""
+    proposer = getattr(model, "proposer", None)
+    return None if proposer is None else int(getattr(proposer, "limit", None) or UNLIMITED)
 
 
 def prepare(cfg: DictConfig, steps: int, accumulated: int) -> None:

@@ -97,11 +97,23 @@ def _candidates(samples: SampleDataset, scan: int | None) -> list[int]:
     return sorted({*first.tolist()[:limit], *fullest.tolist()})
 
 
-def batch_of(worst: Worst, images: int, *, size_divisor: int = 32) -> Batch:
-    """Return a batch of ``images`` times the worst image, filled with noise."""
+def batch_of(worst: Worst, images: int, *, size_divisor: int = 32, proposals: int | None = None) -> Batch:
+    """Return a batch of ``images`` times the worst image, filled with noise.
+
+    Args:
+        worst: the image.
+        images: how often.
+        size_divisor: sides are padded to multiples of this many pixels.
+        proposals: boxes drawn at random for each image; ``None``: its batches have no proposals.
+    """
     height, width = worst.size
-    noise = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    sample = Sample(noise, _stretched(worst.target, worst.size))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+    target = _stretched(worst.target, worst.size)
+    if proposals is not None:
+        corners = torch.rand((proposals, 2, 2), generator=generator).sort(dim=1).values  # (P, corner, axis)
+        target = replace(target, proposals=corners.flatten(1) * torch.tensor([width, height] * 2))
+    sample = Sample(noise, target)
     return collate([sample] * images, size_divisor=size_divisor)
 
 
@@ -138,16 +150,25 @@ class WorstData(DetectionData):
         batch_size: images per batch.
         size_divisor: as the run's own data have it.
         batches: how many, per epoch.
+        proposals: boxes drawn at random for each image, for a model that is given its proposals; ``None`` otherwise.
     """
 
-    def __init__(self, *, worst: Worst, batch_size: int, size_divisor: int = 32, batches: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        worst: Worst,
+        batch_size: int,
+        size_divisor: int = 32,
+        batches: int = 2,
+        proposals: int | None = None,
+    ) -> None:
         super().__init__(batch_size=batch_size, size_divisor=size_divisor, num_workers=0)
-        self.worst, self.batches = worst, batches
+        self.worst, self.batches, self.proposals = worst, batches, proposals
 
     def setup(self, stage: str | None = None) -> None:
         """Read nothing."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the batches, ready made."""
-        batch = batch_of(self.worst, self.batch_size, size_divisor=self.size_divisor)
+        batch = batch_of(self.worst, self.batch_size, size_divisor=self.size_divisor, proposals=self.proposals)
         return DataLoader([batch] * self.batches, batch_size=None)  # type: ignore[arg-type]  # a list will do
