@@ -62,14 +62,29 @@ def soft(
     return kept, lowered
 
 
-@st.composite
-def scenes(draw: st.DrawFn, most: int = 24) -> Scene:
-    """Up to ``most`` boxes on a small grid: many that overlap, that are equal or empty, with equal scores."""
-    count = draw(st.integers(0, most))
-    cell = st.integers(0, 8)
-    corners = draw(st.lists(st.tuples(cell, cell, cell, cell), min_size=count, max_size=count))
-    ranks = draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
-    labels = draw(st.lists(st.integers(0, draw(st.integers(0, 3))), min_size=count, max_size=count))
-    boxes = torch.tensor(corners, dtype=torch.float32).reshape(count, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes, torch.tensor(ranks, dtype=torch.float32) / 8, torch.tensor(labels, dtype=torch.int64)
+def _scene(numbers: bytes) -> Scene:
+    rows = [numbers[start : start + 6] for start in range(0, len(numbers) - 5, 6)]
+    boxes = [[x % 8, y % 8, x % 8 + w % 9, y % 8 + h % 9] for x, y, w, h, _, _ in rows]
+    scores = torch.tensor([row[4] % 7 / 8 for row in rows], dtype=torch.float32)
+    labels = torch.tensor([row[5] // 100 for row in rows], dtype=torch.int64)
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), scores, labels
+
+
+def scenes(most: int = 24) -> st.SearchStrategy[Scene]:
+    """Up to ``most`` boxes on a small grid: many that overlap, that are equal or empty, with equal scores; 3 labels."""
+    return st.binary(max_size=6 * most).map(_scene)
+
+
+def by_density(
+    boxes: Tensor, scores: Tensor, labels: Tensor, *, threshold: float, duplicate_iou: float, object_score: float
+) -> list[int]:
+    """Return the rows kept where N_M = max(N_t, d_M), d by the confident peaks of other objects."""
+    peaks = greedy(boxes, scores, labels, [duplicate_iou] * len(boxes))
+    box, score, label = boxes.tolist(), scores.tolist(), labels.tolist()
+    limits = [threshold] * len(box)
+    for row in range(len(box)):
+        for peak in peaks:
+            overlap = iou(box[row], box[peak])
+            if peak != row and label[peak] == label[row] and score[peak] >= object_score and overlap <= duplicate_iou:
+                limits[row] = max(limits[row], overlap)
+    return greedy(boxes, scores, labels, limits)
