@@ -10,7 +10,10 @@ from detseg.nn.region_network import BackboneNetwork, ClassifierNetwork
 from detseg.nn.weights import CheckpointMismatch
 
 
-@pytest.mark.parametrize(("name", "side", "numbers"), [("alexnet", 227, 9216), ("vgg11", 64, 25088)])
+@pytest.mark.parametrize(
+    ("name", "side", "numbers"),
+    [("alexnet", 227, 9216), pytest.param("vgg11", 64, 25088, marks=pytest.mark.slow)],  # 133 million random weights
+)
 def test_is_torchvisions_network_without_its_last_layer(name: str, side: int, numbers: int, tmp_path: Path) -> None:
     theirs = torchvision.models.get_model(name).eval()
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
@@ -39,6 +42,8 @@ def test_other_classes_in_a_file_do_not_matter_and_other_layers_do(tmp_path: Pat
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="resnet18 has no fully connected layer below its classes"):
         ClassifierNetwork(shape=(3, 64, 64), name="resnet18")
+    with pytest.raises(ValueError, match="densenet121 has no fully connected layer"):
+        ClassifierNetwork(shape=(3, 64, 64), name="densenet121")
     with pytest.raises(ValueError, match="no network 'alexnett'"):
         ClassifierNetwork(shape=(3, 64, 64), name="alexnett")
     with pytest.raises(ValueError, match=r"alexnet cannot read crops of \(3, 16, 16\)"):

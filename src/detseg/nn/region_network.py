@@ -88,7 +88,8 @@ class ClassifierNetwork(RegionNetwork):
             self.mean, self.std = list(transforms.mean), list(transforms.std)
         network: Any = torchvision.models.get_model(name, weights=chosen)
         layers: Any = getattr(network, "classifier", None)
-        hidden = [layer for layer in layers or () if isinstance(layer, nn.Linear)]
+        several = isinstance(layers, nn.Sequential)
+        hidden = [layer for layer in layers if isinstance(layer, nn.Linear)] if several else []
         if len(hidden) < 2:
             raise ValueError(
                 f"ClassifierNetwork: {name} has no fully connected layer below its classes; choose alexnet or a vgg, "
