@@ -40,6 +40,19 @@ def test_head_is_shared_and_in_the_order_of_the_anchors() -> None:
     assert_close((outputs.lattice.boxes[index, :2] + outputs.lattice.boxes[index, 2:]) / 2, torch.tensor([80.0, 32.0]))
 
 
+def test_the_convolution_may_be_wider_or_narrower_than_the_map() -> None:
+    rpn = network(width=5, depth=2)
+    shapes = {key: tuple(value.shape) for key, value in rpn.head.state_dict().items() if key.endswith("weight")}
+    assert shapes == {
+        "conv.0.0.weight": (5, 8, 3, 3),
+        "conv.1.0.weight": (5, 5, 3, 3),
+        "cls_logits.weight": (3, 5, 1, 1),
+        "bbox_pred.weight": (12, 5, 1, 1),
+    }
+    assert rpn(features(), IMAGE).deltas.shape == (2, (8 * 12 + 4 * 6) * 3, 4)
+    assert network().head.conv[0][0].weight.shape == (8, 8, 3, 3)
+
+
 def test_proposals_are_sorted_clipped_and_limited() -> None:
     rpn = network(pre_nms_test=40, post_nms_test=20, pre_nms_train=60, post_nms_train=50)
     outputs = rpn(features(), IMAGE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -71,16 +72,19 @@ class RPNHead(nn.Module):
         channels: of every level.
         anchors: A, per cell.
         depth: 3x3 convolutions.
+        width: channels of the 3x3 convolutions; ``None``: as many as the levels have.
     """
 
-    def __init__(self, *, channels: int, anchors: int, depth: int = 1) -> None:
+    def __init__(self, *, channels: int, anchors: int, depth: int = 1, width: int | None = None) -> None:
         super().__init__()
+        widths = [channels, *[width or channels] * depth]
         blocks = [
-            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(depth)
+            nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True))
+            for before, after in pairwise(widths)
         ]
         self.conv = nn.Sequential(*blocks)
-        self.cls_logits = nn.Conv2d(channels, anchors, 1)
-        self.bbox_pred = nn.Conv2d(channels, anchors * 4, 1)
+        self.cls_logits = nn.Conv2d(widths[-1], anchors, 1)
+        self.bbox_pred = nn.Conv2d(widths[-1], anchors * 4, 1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)  # Faster R-CNN, section 3.1.3
@@ -100,9 +104,11 @@ class RegionProposalNetwork(nn.Module):
     """Score and shape anchors, and propose the best of them.
 
     Args:
-        channels: of every pyramid level.
+        channels: of every level.
         anchors: default: sides 32 to 512 on five levels, three shapes.
         depth: 3x3 convolutions of the head.
+        width: channels of these convolutions; ``None``: as many as the levels have. The paper has 512 on the map of
+            VGG-16, 256 on that of ZF (section 3.1).
         coder: of the box deltas.
         matcher: anchors to objects; default: positive from IoU 0.7, background below 0.3, and the best of each object.
         sampler: anchors per image in the loss; default 256, at most half of them positive.
@@ -127,6 +133,7 @@ class RegionProposalNetwork(nn.Module):
         channels: int,
         anchors: AnchorGenerator | None = None,
         depth: int = 1,
+        width: int | None = None,
         coder: BoxCoder | None = None,
         matcher: SparseIoUMatcher | None = None,
         sampler: BalancedSampler | None = None,
@@ -149,7 +156,7 @@ class RegionProposalNetwork(nn.Module):
                 f"RegionProposalNetwork: the levels have {self.anchors.num_anchors()} anchors per cell; one head "
                 "serves all levels, so give each the same number"
             )
-        self.head = RPNHead(channels=channels, anchors=self.anchors.num_anchors()[0], depth=depth)
+        self.head = RPNHead(channels=channels, anchors=self.anchors.num_anchors()[0], depth=depth, width=width)
         self.coder = coder or BoxCoder()
         self.matcher = matcher or SparseIoUMatcher(positive=0.7, negative=0.3, allow_low_quality=True)
         self.sampler = sampler or BalancedSampler(size=256, positive_fraction=0.5)
