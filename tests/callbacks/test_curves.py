@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from detseg.callbacks import Curves, curves
-from detseg.callbacks.curves import confusion, pictures, precision_recall, short
-from detseg.metrics import MeanIoU
+from detseg.callbacks.curves import confusion, pictures, precision_recall, proposal_recall, short
+from detseg.metrics import MeanIoU, ProposalRecall
 from tiny_task import TinyTask, fit
 
 
@@ -92,3 +92,18 @@ def test_many_classes_are_grey_and_without_numbers():
 
 def test_counts_are_short():
     assert [short(n) for n in (0, 950, 12_345, 4_560_000, 7_000_000_000)] == ["0", "950", "12.3k", "4.56M", "7G"]
+
+
+def test_proposals_have_a_picture_of_their_own():
+    """It depends on the recall, and is empty of curves where there was no object to be found."""
+    metric = ProposalRecall(limits=(10, 100))
+    none = pictures({"proposal": metric.compute()}, ["a"])
+    assert set(none) == {"proposals"}
+    points = np.array([1, 10, 100])
+    low, high = (proposal_recall(points, np.full((3, 10), recall)) for recall in (0.2, 0.9))
+    assert low.shape == high.shape == none["proposals"].shape == (440, 1050, 3)
+    coloured = [(image.max(axis=2).astype(int) - image.min(axis=2) > 60) for image in (low, high, none["proposals"])]
+    # The axes run from row 40 or so, recall 1.02, to row 385 or so, recall 0.
+    below, above = (coloured[0][rows].sum() - coloured[1][rows].sum() for rows in (slice(300, 340), slice(60, 100)))
+    assert below > 300 and above < -300
+    assert coloured[2].sum() < coloured[0].sum() / 2  # the legends alone

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pycocotools.cocoeval import COCOeval
 
-from detseg.metrics import ProposalRecall
+from detseg.metrics import ProposalRecall, table_rows
 from detseg.structures import Detections, Target
 from metric_oracles import Case, random_case, to_coco
 
@@ -60,6 +60,15 @@ def test_by_hand() -> None:
     result = metric.compute()
     assert [float(result[f"ar_{limit}"]) for limit in (1, 2, 3)] == pytest.approx([0, 0.5, 0.85])
     assert int(result["ar_count"]) == 2
+    assert [float(result[f"recall_50_{limit}"]) for limit in (1, 2, 3)] == [0, 0.5, 1]
+    assert result["recall_points"].tolist() == [[1], [2], [3]]
+    expected = torch.tensor([[0.0] * 10, [0.5] * 10, [1.0] * 7 + [0.5] * 3])  # IoU 0.8 is at the seventh
+    torch.testing.assert_close(result["recall"], expected.double())
+
+
+def test_the_curve_goes_as_far_as_the_limits() -> None:
+    points = ProposalRecall(limits=(7, 40, 300)).compute()["recall_points"][:, 0].tolist()
+    assert points == [1, 2, 3, 5, 7, 10, 20, 30, 40, 50, 100, 200, 300]
 
 
 def test_defaults_and_no_objects() -> None:
@@ -67,7 +76,11 @@ def test_defaults_and_no_objects() -> None:
     none = torch.zeros((0, 4))
     metric.update([Detections.empty()], [Target(boxes=none, labels=torch.zeros(0).long())])
     result = metric.compute()
-    assert set(result) == {"ar_100", "ar_300", "ar_1000", "ar_count"}
+    numbers = (100, 300, 1000, 2000)
+    names = {f"{figure}_{number}" for figure in ("ar", "recall_50") for number in numbers}
+    assert set(result) == names | {"ar_count", "recall", "recall_points"} and result["recall"].shape == (14, 10)
+    rows = dict(table_rows({f"proposal_{name}": value for name, value in result.items()}))
+    assert rows == {f"proposal_{name}": "n/a (0 objects)" for name in names}
     assert math.isnan(result["ar_1000"]) and int(result["ar_count"]) == 0
 
 

@@ -76,7 +76,9 @@ def test_voc_ap_beside_coco_without_difficult_objects(tmp_path: Path):
 def test_two_stage_logs_what_the_proposals_cover(tmp_path: Path):
     model = FakeTwoStage(answer=answer((0, 0, 8)))
     logged = validate(make(tasks.TwoStageDetection, model), truth((0, 0, 8), (8, 8, 8)), tmp_path)
-    assert [logged[f"val/proposal_ar_{limit}"] for limit in (100, 300, 1000)] == [0.5] * 3
+    limits = (100, 300, 1000, 2000)
+    assert [logged[f"val/proposal_ar_{limit}"] for limit in limits] == [0.5] * 4
+    assert [logged[f"val/proposal_recall_50_{limit}"] for limit in limits] == [0.5] * 4
 
 
 def test_two_stage_needs_proposals():

@@ -1,4 +1,4 @@
-"""Precision over recall and the confusion matrix as pictures, from what the metrics have counted anyway.
+"""Precision over recall, recall over proposals, the confusion matrix: pictures of what the metrics counted anyway.
 
 COCO's curves (Lin et al., "Microsoft COCO", 2014): 101 levels of recall, interpolated precision.
 """
@@ -26,6 +26,8 @@ MOST_CURVES = 10
 """With more classes, their curves are grey and only the mean has a name."""
 MOST_NUMBERS = 20
 """With more classes, the matrix shows colours without numbers."""
+SHOWN_POINTS = (10, 100, 300, 1000, 2000)
+"""Numbers of proposals whose recall over IoU is drawn, where they were counted."""
 CURVES = {"box": "boxes", "mask": "masks"}
 """Metric with ``precision_50`` -> what it compares."""
 
@@ -33,8 +35,9 @@ CURVES = {"box": "boxes", "mask": "masks"}
 class Curves(L.Callback):
     """Draw precision over recall and the confusion matrix of a split.
 
-    They go to ``dirpath/val_epoch_009_pr_box.png``, ``..._pr_mask.png`` and ``..._confusion.png``, and to every logger
-    that takes pictures. Outside training the names have no epoch. Drawn on the first rank alone.
+    They go to ``dirpath/val_epoch_009_pr_box.png``, ``..._pr_mask.png``, ``..._confusion.png`` and, where a model has
+    proposals, ``..._proposals.png``, and to every logger that takes pictures. Outside training the names have no epoch.
+    Drawn on the first rank alone.
 
     Args:
         dirpath: directory of the pictures; ``None`` is ``pictures`` in the trainer's root directory.
@@ -87,7 +90,7 @@ def fitting(trainer: L.Trainer) -> bool:
 
 
 def pictures(tables: Mapping[str, Mapping[str, Tensor]], class_names: Sequence[str]) -> dict[str, Picture]:
-    """Return what can be drawn of the metrics' values: ``pr_box``, ``pr_mask``, ``confusion``.
+    """Return what can be drawn of the metrics' values: ``pr_box``, ``pr_mask``, ``confusion``, ``proposals``.
 
     Args:
         tables: what each metric computed, by the metric's name.
@@ -102,6 +105,8 @@ def pictures(tables: Mapping[str, Mapping[str, Tensor]], class_names: Sequence[s
             detected = len(matrix) == len(class_names) + 1
             names = [*class_names, visualize.BACKGROUND] if detected else class_names
             drawn["confusion"] = confusion(matrix, names, unit="objects" if detected else "pixels")
+        if "recall_points" in values:
+            drawn["proposals"] = proposal_recall(_array(values["recall_points"])[:, 0], _array(values["recall"]))
     return drawn
 
 
@@ -132,6 +137,31 @@ def precision_recall(precision: Array, class_names: Sequence[str], *, what: str 
         axes.legend(title="AP at IoU 0.5", loc="best", fontsize="small", title_fontsize="small")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=f"Precision over recall, {what}")
     axes.grid(alpha=0.3)
+    return _rendered(figure)
+
+
+def proposal_recall(points: Array, recall: Array) -> Picture:
+    """Draw how many objects proposals cover: over their number at some IoUs, and over the IoU at some numbers.
+
+    As in Hosang et al., "What makes for effective detection proposals?", 2015, figures 6 and 7.
+
+    Args:
+        points: ``(P,)`` numbers of proposals per image, ascending.
+        recall: ``(P, 10)`` at IoU 0.5, 0.55, ..., 0.95.
+    """
+    figure = _figure(10.5, 4.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    thresholds = np.linspace(0.5, 0.95, recall.shape[1])
+    for column in (0, 4, 8):
+        left.plot(points, recall[:, column], marker=".", label=f"IoU {thresholds[column]:.1f}")
+    left.plot(points, recall.mean(axis=1), color="black", linestyle="--", label="average (AR)")
+    left.set(xscale="log", xlabel="proposals per image", ylabel="recall", title="Recall over proposals", ylim=(0, 1.02))
+    for row in [row for row, point in enumerate(points.tolist()) if point in (*SHOWN_POINTS, points[-1])]:
+        right.plot(thresholds, recall[row], marker=".", label=f"{points[row]} proposals, AR {recall[row].mean():.3f}")
+    right.set(xlabel="IoU with the object", title="Recall over IoU")
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
     return _rendered(figure)
 
 

@@ -4,7 +4,7 @@ Built as COCO measures it: greedy matching in the order of the scores, recall av
 number of proposals per image, classes ignored. Equal to pycocotools with ``useCats = 0`` over all areas: crowds do not
 count, and are there to excuse proposals alone.
 
-Letters: G objects, C candidates, T IoU thresholds, L limits.
+Letters: G objects, C candidates, T IoU thresholds, L limits, P points of the curve.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from detseg.metrics.overlaps import box_pairs
 from detseg.metrics.scene import check_batch
 from detseg.structures import Detections, Target
 
+POINTS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
+"""Numbers of proposals at which the curve is counted beside the limits, as far as those go."""
+
 
 class ProposalRecall(DictMetric):
     """Average recall of proposals at several limits; the same on any number of processes.
 
     Images are matched in ``update``, so only counts are kept. ``compute`` gives one ``ar_<limit>`` per limit, float64,
-    and ``ar_count``, the objects that are not crowds. NaN where there are none.
+    and ``ar_count``, the objects that are not crowds. ``recall_50_<limit>`` is the recall at IoU 0.5 alone: AP at IoU
+    0.5 can be little more for a detector that must choose among these proposals and moves them little. For curves,
+    ``recall`` ``(P, T)`` at IoU 0.5, 0.55, ..., 0.95 after ``recall_points`` ``(P, 1)`` proposals. NaN where there
+    are no objects.
 
     Args:
         limits: proposals per image that are looked at, ascending.
@@ -35,12 +41,13 @@ class ProposalRecall(DictMetric):
     matched: Tensor
     objects: Tensor
 
-    def __init__(self, *, limits: Sequence[int] = (100, 300, 1000)) -> None:
+    def __init__(self, *, limits: Sequence[int] = (100, 300, 1000, 2000)) -> None:
         super().__init__()
         if not limits or sorted(set(limits)) != list(limits) or limits[0] < 1:
             raise ValueError(f"limits is {tuple(limits)}; give ascending numbers from 1, as (100, 300, 1000)")
         self.limits = tuple(limits)
-        shape = (len(self.limits), len(IOU_THRESHOLDS))
+        self.points = tuple(sorted({*limits, *(point for point in POINTS if point <= limits[-1])}))
+        shape = (len(self.points), len(IOU_THRESHOLDS))
         self.add_state("matched", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("objects", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -64,15 +71,18 @@ class ProposalRecall(DictMetric):
                     found.scores.detach().cpu().double().numpy(),
                     target.boxes.cpu().double().numpy(),
                     crowd,
-                    self.limits,
+                    self.points,
                 )
             ).to(self.device)
 
     def compute(self) -> Figures:
         """Return the figures named in the class's docstring."""
-        recall = self.matched.double().mean(dim=1) / self.objects  # 0 / 0 is NaN: n/a
+        recall = self.matched.double() / self.objects  # (P, T); 0 / 0 is NaN: n/a
+        rows = {limit: recall[self.points.index(limit)] for limit in self.limits}
         return self.figures(
-            {f"ar_{limit}": recall[place] for place, limit in enumerate(self.limits)} | {"ar_count": self.objects}
+            {f"ar_{limit}": row.mean() for limit, row in rows.items()}
+            | {f"recall_50_{limit}": row[0] for limit, row in rows.items()}
+            | {"ar_count": self.objects, "recall": recall, "recall_points": torch.tensor(self.points)[:, None]}
         )
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 Value = Tensor | float | int
 _COUNT = re.compile(r"(^|[/_])count(_|$)")
 _SIZE = re.compile(r"(small|medium|large)$")
-_FIGURE = re.compile(r"(map|mar|miou|iou|dice|pixel_accuracy|mean_class_accuracy|accuracy|fw_iou|ar|mask_quality)(_|$)")
-_OWN_COUNT = ("ar", "mask_quality")  # their counts carry their names, as they stand beside those of boxes
+_FIGURE = re.compile(
+    r"(map|mar|miou|iou|dice|pixel_accuracy|mean_class_accuracy|accuracy|fw_iou|ar|recall|mask_quality)(_|$)"
+)
+_OWN_COUNT = {"ar": "ar_", "recall": "ar_", "mask_quality": "mask_quality_"}  # as they stand beside those of boxes
 _OF_PIXELS = ("miou", "iou", "dice", "pixel_accuracy", "mean_class_accuracy", "accuracy", "fw_iou")
 
 
@@ -59,8 +61,7 @@ def _text(key: str, index: int | None, number: float | int, figures: Mapping[str
     prefix, figure = (key[: name.start()], name.group(1)) if name else ("", "")
     size = _SIZE.search(key)
     tail = "_per_class" if index is not None else f"_{size.group(1)}" if size else ""
-    own = f"{figure}_" if figure in _OWN_COUNT else ""
-    count = figures.get(f"{prefix}{own}count{tail}", 0)
+    count = figures.get(f"{prefix}{_OWN_COUNT.get(figure, '')}count{tail}", 0)
     unit = "pixels" if figure in _OF_PIXELS else "objects"
     number_of = torch.as_tensor(count).reshape(-1)[index or 0].item()
     return f"n/a ({number_of:g} {unit})"

@@ -17,9 +17,10 @@ from detseg.tasks.detection import Detection
 class TwoStageDetection(Detection):
     """Detection from proposals: also logs how many objects the proposals cover, before any classification.
 
-    Logged beside what ``Detection`` logs: ``proposal_ar_100``, ``proposal_ar_300``, ``proposal_ar_1000`` (average
-    recall over IoU 0.5 to 0.95 of the best proposals), and from the model's ``diagnostics`` the share of foreground
-    among the sampled proposals.
+    Logged beside what ``Detection`` logs: ``proposal_ar_100``, likewise 300, 1000 and 2000 (average recall over IoU 0.5
+    to 0.95 of the best proposals), ``proposal_recall_50_100`` and so on (recall at IoU 0.5 alone, which bounds
+    ``map_50`` where proposals are moved little), and from the model's ``diagnostics`` the share of foreground among the
+    sampled proposals.
 
     Raises:
         TypeError: the model has no ``proposals``.
@@ -31,7 +32,7 @@ class TwoStageDetection(Detection):
         """Return the metrics of boxes and of proposals."""
         metrics = super().configure_metrics()
         if hasattr(self.model, "proposals"):
-            metrics["proposal"] = ProposalRecall(limits=(100, 300, 1000))
+            metrics["proposal"] = ProposalRecall(limits=(100, 300, 1000, 2000))
         elif self.needs_proposals:
             raise TypeError(f"{type(self.model).__name__} has no proposals; choose task=one_stage for it")
         return metrics
