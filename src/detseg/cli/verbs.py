@@ -29,13 +29,14 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Run one verb and turn errors that a user can mend into one line; return the exit code.
 
     Args:
-        verb: ``"train"``, ``"evaluate"`` or ``"predict"``.
+        verb: one of ``detseg.cli.main.VERBS``.
         arguments: what followed it on the command line.
     """
     verbs: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
         "tune": _tune,
         "find": _find,
+        "propose": _propose,
         "evaluate": _evaluate,
         "predict": _predict,
         "dashboard": _dashboard,
@@ -152,6 +153,15 @@ def _find(arguments: Sequence[str]) -> None:
     find(quoted(arguments))
 
 
+def _propose(arguments: Sequence[str]) -> None:
+    from detseg.cli.propose import show_proposals
+    from detseg.engine.propose import propose
+
+    _compose_and_run(
+        arguments, "propose", lambda *texts: load_config(*texts, name="propose"), propose, tell=show_proposals
+    )
+
+
 def _evaluate(arguments: Sequence[str]) -> None:
     from detseg.evaluation import evaluate, load_evaluation
 
@@ -174,9 +184,14 @@ def _replay(arguments: Sequence[str]) -> None:
 
 
 def _compose_and_run(
-    arguments: Sequence[str], verb: str, load: Callable[..., DictConfig], run: Callable[[DictConfig], Any]
+    arguments: Sequence[str],
+    verb: str,
+    load: Callable[..., DictConfig],
+    run: Callable[[DictConfig], Any],
+    *,
+    tell: Callable[[Any], None] | None = None,
 ) -> None:
-    """Compose without a run of Hydra's, as there is nothing to sweep."""
+    """Compose without a run of Hydra's, as there is nothing to sweep; print what ``run`` returns by ``tell``."""
     from detseg.cli.show import show
 
     if any(text in ("-h", "--help") for text in arguments):
@@ -190,7 +205,7 @@ def _compose_and_run(
     if missing:
         raise ConfigError(f"detseg {verb} needs {', '.join(f'{key}=...' for key in missing)}; see detseg {verb} --help")
     quiet()
-    show(run(cfg))
+    (tell or show)(run(cfg))
 
 
 def _dashboard(arguments: Sequence[str]) -> None:
