@@ -49,5 +49,11 @@ def test_choices_come_before_keys_and_are_listed():
     assert said("model=fcos,unett") == "there is no model=unett. Did you mean unet? Choices: fcos, unet."
 
 
+def test_a_word_alone_is_no_override():
+    assert said("unet") == "'unet' has no value: write key=value. Did you mean model=unet?"
+    assert said("model", "sed=1") == "'model' has no value: write key=value. Choices: fcos, unet."
+    assert said("faster", "model=fcos") == "'faster' has no value: write key=value."
+
+
 def test_sound_overrides_are_not_at_fault():
     assert said("model=fcos", "trainer.max_epochs=1", "+new.key=3", "~task", "hydra.mode=RUN", "model=null") is None

@@ -54,8 +54,11 @@ def explain(
     choices: list[str] = []
     faults: list[str] = []
     for text in overrides:
-        key, _, value = text.lstrip("+~").partition("=")
+        key, equals, value = text.lstrip("+~").partition("=")
         group = key.partition("@")[0]
+        if not equals and not text.startswith("~"):
+            faults.append(_without_value(text, groups))
+            continue
         if group in groups and value not in ("null", ""):
             listed = value.startswith("[")  # as in callbacks=[default,ema]; without brackets a sweep
             names = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
@@ -74,6 +77,12 @@ def explain(
             continue
         faults.append(f"there is no key '{key}'." + _meant(nearest(key, known)))
     return "\n".join(faults) or None
+
+
+def _without_value(text: str, groups: Mapping[str, Sequence[str]]) -> str:
+    homes = [f"{group}={text}" for group, names in groups.items() if text in names]
+    choices = f" Choices: {', '.join(groups[text])}." if text in groups else _meant(homes)
+    return f"'{text}' has no value: write key=value.{choices}"
 
 
 def _unknown_choice(group: str, name: str, choices: Sequence[str]) -> str:

@@ -243,6 +243,8 @@ class TestErrors:
         [
             (["train", "model=unet_small", "trainer.max_epoch=1"], 2, "Did you mean trainer.max_epochs"),
             (["train", "model=unett_small"], 2, "Did you mean unet_small"),
+            (["train", "unet_small"], 2, "detseg: 'unet_small' has no value: write key=value. Did you mean model="),
+            (["train", "--cfg", "job", "seed=[1"], 2, "at input '[1'"),
             (["train", "model=unet_small", "resume=nowhere.ckpt"], 2, "resume=nowhere.ckpt: there is no such file"),
             (["train", "model=unet_small", "data.truth=boxen"], 1, "data.truth='boxen'"),
             (["train", "data=coco"], 2, "data.root has no default: give data.root=..."),

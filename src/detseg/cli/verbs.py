@@ -48,7 +48,9 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         verbs[verb](arguments)
     except (HydraException, OmegaConfBaseException) as error:
         own = any(text.startswith(("-cd", "--config-dir")) for text in arguments)  # whose choices are not known here
-        return _fail(config_error(error, [text for text in arguments if "=" in text and not own], name=verb))
+        flags = any(text in ("-c", "--cfg", "-p", "--package", "-i", "--info") for text in arguments)  # with values
+        typed = [text for text in arguments if not text.startswith("-") and ("=" in text or not flags)]
+        return _fail(config_error(error, [] if own else typed, name=verb))
     except MENDABLE as error:
         return _fail(error)
     except SystemExit as end:  # from Hydra's own flags, or from a run that said its error already
