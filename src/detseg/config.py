@@ -305,8 +305,9 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
             logger=parts["logger"] or False,
             plugins=[DurableIO(), *own_precision],
         )
-    except MisconfigurationException as error:  # such as a GPU that is not there
-        raise ConfigError(f"trainer: {error}") from error
+    except MisconfigurationException as error:
+        remedy = "; there is none that PyTorch can use: choose trainer=cpu" if "gpu backend" in str(error) else ""
+        raise ConfigError(f"trainer: {str(error).rstrip('!')}{remedy}") from error
     return trainer
 
 
