@@ -28,6 +28,14 @@ def read_tensorboard(run: Path) -> Values:
     return {(name, event.step): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
 
 
+def read_pictures(run: Path) -> set[tuple[str, int]]:
+    """Return name and step of TensorBoard's pictures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    return {(name, event.step) for name in events.Tags()["images"] for event in events.Images(name)}
+
+
 def read_mlflow(store: Path, run_id: str) -> Values:
     with sqlite3.connect(store) as opened:
         rows = opened.execute(

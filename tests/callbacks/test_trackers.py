@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from detseg.cli.main import main
-from tracker_files import read_csv, read_mlflow, read_tensorboard, read_wandb, wandb_records
+from tracker_files import read_csv, read_mlflow, read_pictures, read_tensorboard, read_wandb, wandb_records
 
 TINY = [
     "trainer=cpu",
@@ -140,13 +140,15 @@ def test_a_run_that_goes_on_keeps_ids_and_has_every_row_once(
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = trial(tmp_path, RATES[0])
     whole, ids, store = read_csv(run), json.loads((run / "trackers.json").read_text()), tmp_path / "runs" / "mlflow.db"
-    events = read_tensorboard(run)
+    events, pictures = read_tensorboard(run), read_pictures(run)
+    assert pictures == {("val/pictures", 3), ("val/pictures", 7), ("val/pr_box", 7), ("val/confusion", 7)}
     for path in [run / "metrics.json", *(run / "checkpoints").glob("*.ckpt")]:
         if path.name != "last-1.ckpt":
             path.unlink()
     before = offline_run(run)
     assert main(["train", f"resume={run}"]) == 0
     assert json.loads((run / "trackers.json").read_text()) == ids
+    assert read_pictures(run) == pictures, "that of the epoch which ended with the checkpoint is gone"
     (again,) = [path for path in (run / "wandb").glob("offline-run-*") if wandb_records(path) != before]
     records = wandb_records(again)
     assert one(records, "run").run_id == one(before, "run").run_id == ids["wandb"]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from detseg import visualize
-from detseg.callbacks.overlays import send_picture
+from detseg.callbacks.overlays import last_step, send_picture
 from detseg.lettering import Picture
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Curves(L.Callback):
         for name, picture in pictures(tables, list(cast(Any, module).class_names)).items():
             path = visualize.save(picture, directory / f"{prefix}_{name}.png")
             for logger in trainer.loggers:
-                send_picture(logger, f"{stage}/{name}", picture, path, trainer.global_step)
+                send_picture(logger, f"{stage}/{name}", picture, path, last_step(trainer))
 
 
 def fitting(trainer: L.Trainer) -> bool:

@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 
 from detseg import visualize
-from detseg.callbacks.overlays import Shown, send
+from detseg.callbacks.overlays import Shown, last_step, send
 from detseg.lettering import Picture
 from detseg.structures import Batch, Detections, SemanticMap
 
@@ -110,7 +110,7 @@ class ImageLogger(L.Callback):
         name = f"{stage}_epoch_{trainer.current_epoch:03d}.png" if _fitting(trainer) else f"{stage}.png"
         path = visualize.save(sheet, directory / name)
         for logger in trainer.loggers:
-            send(logger, f"{stage}/pictures", sheet, path, shown, names, trainer.global_step, self.min_score)
+            send(logger, f"{stage}/pictures", sheet, path, shown, names, last_step(trainer), self.min_score)
 
 
 def pair(item: Shown, class_names: Sequence[str], min_score: float) -> Picture:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -40,7 +41,7 @@ def send(
         path: file that the sheet was written to.
         shown: the same images, for overlays.
         class_names: by label.
-        step: global step.
+        step: see ``last_step``.
         min_score: detections below this score are left out.
     """
     if isinstance(logger, WandbLogger):
@@ -59,7 +60,7 @@ def send_picture(logger: Logger, tag: str, picture: Picture, path: Path, step: i
         tag: name of the picture on the dashboard.
         picture: itself.
         path: file that it was written to.
-        step: global step.
+        step: see ``last_step``.
     """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(tag, picture, step, dataformats="HWC")
@@ -67,6 +68,14 @@ def send_picture(logger: Logger, tag: str, picture: Picture, path: Path, step: i
         logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="pictures")
     elif isinstance(logger, WandbLogger):
         logger.log_image(tag, [picture], step=step)
+
+
+def last_step(trainer: L.Trainer) -> int:
+    """Return the number of the last step, from 0, at which the figures of a validation stand too.
+
+    One later would count as done after the checkpoint that follows, and be dropped by a run that goes on from it.
+    """
+    return max(0, trainer.global_step - 1)
 
 
 def wandb_overlays(shown: Sequence[Shown], class_names: Sequence[str], min_score: float) -> dict[str, list[Any]]:
