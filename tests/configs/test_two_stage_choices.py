@@ -18,11 +18,11 @@ PROPOSALS = [torch.tensor([[4.0, 4, 28, 30], [30, 8, 60, 60], [0, 0, 20, 20]])] 
 
 
 def sections() -> dict[str, dict[str, Any]]:
-    """Return the box section of every model that draws regions."""
+    """Return the box section of every model that draws regions and learns boxes by gradients."""
     found = {}
     for card in available():
         model = OmegaConf.to_container(load_config(f"model={card.name}").model)
-        if "sampler" in (model.get("box") or {}):
+        if {"sampler", "class_agnostic"} <= set(model.get("box") or {}):
             found[card.name] = model["box"]
     return found
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from detseg.models.faster_rcnn import FasterRCNN
     from detseg.models.fcos import FCOS
     from detseg.models.mask_rcnn import MaskRCNN
+    from detseg.models.rcnn import RCNN
     from detseg.models.retinanet import RetinaNet
     from detseg.models.spp_net import SPPNet
     from detseg.models.unet import BackboneUNet, UNet
@@ -26,6 +27,7 @@ _HOMES = {
     "FastRCNN": "fast_rcnn",
     "FasterRCNN": "faster_rcnn",
     "MaskRCNN": "mask_rcnn",
+    "RCNN": "rcnn",
     "RetinaNet": "retinanet",
     "SPPNet": "spp_net",
     "Segmenter": "contract",
@@ -35,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "FCOS",
+    "RCNN",
     "BackboneUNet",
     "CascadeRCNN",
     "Detector",

@@ -30,7 +30,7 @@ from detseg.targets.coders import BoxCoder
 from detseg.targets.crowds import inside_crowd, learnable
 from detseg.targets.hard_negatives import HardNegativeSVM
 from detseg.targets.matchers import IoUMatcher
-from detseg.targets.samplers import BalancedSampler
+from detseg.targets.samplers import BalancedSampler, Sampler
 
 Images = Callable[[], Iterable[RegionExamples]]
 """Reads the examples of every image anew."""
@@ -99,7 +99,7 @@ class SVMBranch(BoxBranch):
         ridge_strength: float = 1000.0,
         ridge_iou: float = 0.6,
         matcher: IoUMatcher | None = None,
-        sampler: BalancedSampler | None = None,
+        sampler: Sampler | None = None,
         coder: BoxCoder | None = None,
         classification_loss: Loss | None = None,
         nms: Suppression | None = None,
@@ -126,6 +126,7 @@ class SVMBranch(BoxBranch):
             sampler=sampler or BalancedSampler(size=64, positive_fraction=0.25),
             coder=coder or BoxCoder(),
             classification_loss=classification_loss,
+            box_loss=_nothing,
             nms=nms or BatchedNMS(threshold=0.3),
             score_threshold=score_threshold,
             detections_per_image=detections_per_image,
@@ -317,3 +318,8 @@ NO_OBJECTS = (
     "the training split has not one object, so there is nothing to fit SVMs to; check the annotations and the data's "
     "class names, or set model.box.classifier=softmax model.box.box_regression=false"
 )
+
+
+def _nothing(deltas: Tensor, wanted: Tensor) -> Tensor:
+    """Return the loss of boxes, 0: none are learnt by gradients."""
+    return (deltas - wanted).sum() * 0.0
