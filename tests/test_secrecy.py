@@ -32,13 +32,17 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["WANDB_API_KEY", "HF_TOKEN", "aws_secret_access_key", "DB_PASSWORD", "MYSQL_PASSWD", "MY_CREDENTIALS"]
+    "name",
+    [
+        *("WANDB_API_KEY", "HF_TOKEN", "aws_secret_access_key", "DB_PASSWORD", "MYSQL_PASSWD", "MY_CREDENTIALS"),
+        *("SMTP_PASS", "MYSQL_PWD"),
+    ],
 )
 def test_names_that_hold_secrets(name: str):
     assert known_secrets({name: "hunter2hunter2", "OTHER": "visible"}) == {"hunter2hunter2": name}
 
 
-@pytest.mark.parametrize("name", ["PATH", "KEYBOARD_LAYOUT", "TOKENIZERS_PARALLELISM", "HOME", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize("name", ["PATH", "KEYBOARD_LAYOUT", "TOKENIZERS_PARALLELISM", "HOME", "PWD", "OLDPWD"])
 def test_names_that_do_not(name: str):
     assert known_secrets({name: "something long"}) == {}
 

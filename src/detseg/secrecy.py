@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-NAMES = re.compile(r"KEY(?!BOARD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
+NAMES = re.compile(r"KEY(?!BOARD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_PASS$|_PWD$", re.IGNORECASE)
 """A variable whose name holds one of these holds a secret."""
 
 SHORTEST = 6
