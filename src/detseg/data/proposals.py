@@ -129,7 +129,7 @@ class ProposedDataset(SampleDataset):
                 return Filling(images=images, finished=True)
         filling, digests = Filling(images=images), [""] * images
         self.prepare()
-        first = secrets.randbelow(images) if world_size == 1 else rank * images // world_size
+        first = secrets.randbelow(max(1, images)) if world_size == 1 else rank * images // world_size
         with _progress(self.name, images, show=rank == 0) as tell:
             places = np.roll(np.arange(images), -first).tolist()
             for done, made in enumerate(self._all(places, workers), start=1):
