@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from detseg.ops import adaptive_nms as module
 from detseg.ops.adaptive_nms import DensityAdaptiveNMS, SizeAdaptiveNMS, crowd_density, greedy_nms, size_thresholds
 from detseg.ops.nms import BatchedNMS
 from nms_twins import Scene, by_density, greedy, scenes
@@ -120,8 +121,9 @@ def test_by_density_equals_its_twin(scene: Scene, threshold: float, duplicate_io
 
 
 @pytest.mark.parametrize("classes", [1, 6])
-def test_by_density_lies_between_greedy_at_both_thresholds(classes: int) -> None:
-    scene = drawn(540, classes)  # more than are compared at a time
+def test_by_density_lies_between_greedy_at_both_thresholds(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAIRS", 10_000)  # several parts
+    scene = drawn(400, classes)
     keep = DensityAdaptiveNMS()(*scene)[0]
     assert keep.tolist() == by_density(*scene, threshold=0.5, duplicate_iou=0.7, object_score=0.5)
     assert len(BatchedNMS(threshold=0.5)(*scene)[0]) < len(keep) < len(BatchedNMS(threshold=0.7)(*scene)[0])

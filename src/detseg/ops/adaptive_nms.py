@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detseg.ops.boxes import box_area, box_iou
+from detseg.ops.boxes import box_area
 from detseg.ops.nms import check_share
-from detseg.ops.suppress import Floats, Ints, on_host, suppress
+from detseg.ops.suppress import Floats, Ints, gather, on_host, pairs, suppress
 
-_ROWS = 512  # boxes that are compared with the objects at a time; bounds memory
+_PAIRS = 1 << 19  # boxes times objects that are compared at a time; bounds memory
 
 
 def greedy_nms(boxes: Tensor, scores: Tensor, labels: Tensor, thresholds: Tensor) -> Tensor:
@@ -70,20 +70,19 @@ def crowd_density(boxes: Tensor, labels: Tensor, objects: Tensor, duplicate_iou:
     """Return the largest IoU of each box with an object of its label that is not its own, ``(N,)`` float64.
 
     Args:
-        boxes: ``(N, 4)`` xyxy.
-        labels: ``(N,)``.
+        boxes: ``(N, 4)`` xyxy, finite, in host memory.
+        labels: ``(N,)`` int64, likewise.
         objects: ``(Q,)`` int64, rows of the boxes that stand for an object.
         duplicate_iou: above this IoU a box is of that object itself.
     """
-    density = torch.zeros(len(boxes), dtype=torch.float64)  # (N,)
-    if len(objects) == 0:
-        return density
-    for rows in torch.split(torch.arange(len(boxes)), _ROWS):  # (r,)
-        iou = box_iou(boxes[rows].double(), boxes[objects].double()).nan_to_num(0.0)  # (r, Q); empty boxes: 0 / 0
-        own = (rows[:, None] == objects) | (iou > duplicate_iou)  # (r, Q)
-        other = labels[rows, None] != labels[objects]  # (r, Q)
-        density[rows] = iou.masked_fill(own | other, 0.0).amax(dim=1)
-    return density
+    every = gather(boxes, torch.zeros(len(boxes)), labels)
+    some = every[objects.numpy()]
+    density = np.zeros(len(boxes))
+    for rows in np.array_split(every.rows, 1 + len(boxes) * len(objects) // _PAIRS):  # (r,)
+        box, row, iou = pairs(every[rows], some)  # (P,) each
+        other = (iou <= duplicate_iou) & (rows[box] != some.rows[row])  # (P,)
+        np.maximum.at(density, rows[box[other]], iou[other])
+    return torch.from_numpy(density)  # (N,)
 
 
 class SizeAdaptiveNMS:

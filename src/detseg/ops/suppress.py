@@ -8,7 +8,7 @@ float64, on the host. What makes it fast:
 - which boxes may overlap at all is asked of coordinates rounded to a grid of 16 bits,
 - boxes that are taken or fall below the floor leave the arrays.
 
-Letters: N boxes, n of them in the running, k candidates, P pairs of a candidate with a box that it may overlap.
+Letters: N boxes, n of them in the running, k candidates, P pairs of a candidate and a box that it may overlap.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _GRID = 65535  # cells along a side
 
 
 @dataclass
-class _Running:
-    """The boxes that are neither taken nor dropped, in the order of the input.
+class Heap:
+    """Boxes with what is asked of them again and again; slicing selects. In ``suppress`` those still in the running.
 
     Attributes:
         rows: ``(n,)`` where each stands in the input.
         scores: ``(n,)``, as far as they are lowered.
-        labels: ``(n,)`` int32, renumbered.
+        labels: ``(n,)`` int32, renumbered from 0.
         boxes: ``(5, n)``: x1, y1, x2, y2 and the area.
         grid: ``(4, n)`` uint16: the corners, rounded down.
     """
@@ -52,9 +52,9 @@ class _Running:
     boxes: Floats
     grid: NDArray[np.uint16]
 
-    def __getitem__(self, index: Ints) -> _Running:
+    def __getitem__(self, index: Ints) -> Heap:
         boxes, grid = self.boxes.take(index, axis=1), self.grid.take(index, axis=1)  # (5, m), (4, m)
-        return _Running(self.rows[index], self.scores[index], self.labels[index], boxes, grid)
+        return Heap(self.rows[index], self.scores[index], self.labels[index], boxes, grid)
 
 
 def on_host(owner: str, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +84,14 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, factor: Factor, *, f
     """
     rows: list[Ints] = []
     lowered: list[float] = []
-    running = _start(boxes, scores, labels)
+    running = gather(boxes, scores, labels)
     while True:
         running = running[np.flatnonzero(running.scores >= floor)]
         if len(running.rows) == 0:
             taken = np.concatenate([*rows, running.rows])  # (K,)
             return torch.from_numpy(taken), torch.tensor(lowered, dtype=torch.float64)
         best = _best(running.scores)  # (k,)
-        first, second, iou = _pairs(running, best)  # (P,) each
+        first, second, iou = pairs(running[best], running)  # (P,) each
         factors = factor(running.rows[best[first]], iou)  # (P,)
         lowers = np.flatnonzero(factors != 1.0)
         ends = np.searchsorted(first[lowers], np.arange(len(best) + 1))  # (k + 1,)
@@ -100,12 +100,13 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, factor: Factor, *, f
         lowered += reached
 
 
-def _start(boxes: Tensor, scores: Tensor, labels: Tensor) -> _Running:
+def gather(boxes: Tensor, scores: Tensor, labels: Tensor) -> Heap:
+    """Return the boxes of one image, given as to ``suppress``, in the order of the input."""
     corners = np.ascontiguousarray(boxes.double().numpy().T)  # (4, N)
     area = (corners[2] - corners[0]) * (corners[3] - corners[1])  # (N,)
     low, high = corners.min(initial=np.inf), corners.max(initial=-np.inf)
     span = high - low if high > low else 1.0
-    return _Running(
+    return Heap(
         rows=np.arange(len(boxes)),
         scores=scores.double().numpy(),
         labels=np.unique(labels.numpy(), return_inverse=True)[1].astype(np.int32),
@@ -122,27 +123,27 @@ def _best(scores: Floats) -> Ints:
     return np.concatenate([above, equal[: count - len(above)]])
 
 
-def _pairs(running: _Running, best: Ints) -> tuple[Ints, Ints, Floats]:
-    """Return the pairs of candidates and boxes of their label that may overlap.
+def pairs(first: Heap, second: Heap) -> tuple[Ints, Ints, Floats]:
+    """Return the pairs of one label that may overlap; all that do are among them.
 
     Args:
-        running: the boxes.
-        best: ``(k,)`` the candidates among them.
+        first: k boxes of one ``gather``.
+        second: n boxes of the same.
 
     Returns:
-        The candidate ``(P,)`` as 0..k-1, ascending, the box ``(P,)``, and their IoU ``(P,)``, which may be 0. A
-        candidate is paired with itself too.
+        The box of ``first`` ``(P,)`` as 0..k-1, ascending, that of ``second`` ``(P,)``, and their IoU ``(P,)``, which
+        may be 0. A box in both is paired with itself too.
     """
-    x1, y1, x2, y2 = running.grid  # (n,) each
-    left, top, right, bottom = running.grid.take(best, axis=1)[:, :, None]  # (k, 1) each
+    x1, y1, x2, y2 = second.grid  # (n,) each
+    left, top, right, bottom = first.grid[:, :, None]  # (k, 1) each
     near = left <= x2  # (k, n)
     near &= x1 <= right
     near &= top <= y2
     near &= y1 <= bottom
-    near &= running.labels[best, None] == running.labels
+    near &= first.labels[:, None] == second.labels
     # Of the flat array: in two dimensions numpy takes ten times as long.
-    first, second = np.divmod(np.flatnonzero(near.ravel()), len(x1))  # (P,), (P,)
-    return first, second, _iou(running.boxes.take(best[first], axis=1), running.boxes.take(second, axis=1))
+    own, other = np.divmod(np.flatnonzero(near.ravel()), max(len(x1), 1))  # (P,), (P,)
+    return own, other, _iou(first.boxes.take(own, axis=1), second.boxes.take(other, axis=1))
 
 
 def _iou(first: Floats, second: Floats) -> Floats:
