@@ -33,7 +33,7 @@ def linear_factor(row: Ints, iou: Floats, *, threshold: float) -> Floats:
 
 
 def gaussian_factor(row: Ints, iou: Floats, *, sigma: float) -> Floats:
-    """Return what scores are multiplied by ``(P,)``: exp(-IoU^2 / sigma), the paper's equation 3.
+    """Return what scores are multiplied by ``(P,)``: exp(-IoU^2 / sigma) (section 3).
 
     Args:
         row: ``(P,)``, not read.
