@@ -52,6 +52,8 @@ class Outcome:
 def train(cfg: DictConfig) -> Outcome:
     """Train as ``cfg`` says, then measure the best checkpoint on the validation split.
 
+    A model with SVMs (R-CNN) fits them in between, see ``detseg.engine.stages``.
+
     The run directory receives ``resolved.yaml``, ``environment.json``, ``metrics.json`` and what callbacks and loggers
     write.
 
@@ -84,6 +86,7 @@ def train_here(cfg: DictConfig) -> Outcome:
     from detseg.callbacks.signals import listening
     from detseg.engine.errors import quiet
     from detseg.engine.resume import held, requeued
+    from detseg.engine.stages import fit_stages, log_fitted
 
     keep_secrets()
     quiet()
@@ -93,7 +96,11 @@ def train_here(cfg: DictConfig) -> Outcome:
         with closing(run.trainer.loggers):
             begin(run)
             fit(run)
-            return finish(run)
+            fitted = fit_stages(run)
+            outcome = finish(run)
+            if fitted:
+                log_fitted(run, outcome.figures)
+            return outcome
 
 
 def check_start(cfg: DictConfig) -> None:
@@ -120,7 +127,9 @@ def begin(run: Run) -> None:
     """Check that a run can go on from where it is told to, and write what it is."""
     from detseg.checkpoint import check_resume
     from detseg.engine.resume import goes_on, say_differences
+    from detseg.engine.stages import check_stages
 
+    check_stages(run)
     if run.cfg.resume is not None:
         check_resume(run.task.model, run.cfg.resume, run.task.class_names)
     if is_first_process():
@@ -139,12 +148,13 @@ def fit(run: Run) -> None:
     """Train."""
     from detseg.checkpoint import read_checkpoint
     from detseg.engine.explain import explained
+    from detseg.engine.stages import stages_of
 
     resume = run.cfg.resume
     step = None if resume is None else read_checkpoint(resume).get("global_step")  # before another takes its name
     with explained(run):
         run.trainer.fit(run.task, datamodule=run.data, ckpt_path=resume, weights_only=True)
-    if resume is not None and step == run.trainer.global_step:
+    if resume is not None and step == run.trainer.global_step and not stages_of(run.task.model):
         log.warning("resume=%s had come to its end: nothing was trained; raise trainer.max_epochs", resume)
 
 

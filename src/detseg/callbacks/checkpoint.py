@@ -171,6 +171,28 @@ class Checkpoint(ModelCheckpoint):
         self._written = time.monotonic()
         return Path(self.last_model_path)
 
+    def crown(self, trainer: L.Trainer, content: dict[str, Any]) -> None:
+        """Write a checkpoint as the last and as the best, whatever the figures say: a stage after training made it.
+
+        Its figure counts as NaN, so that training that goes on from it finds a better one at its first validation.
+
+        Args:
+            trainer: of one process.
+            content: of the checkpoint; what it says of the best files is set here.
+
+        Raises:
+            WriteFailed: the disk is full, read-only or broken.
+        """
+        best = self._path(self.best_name) if self.save_top_k != 0 else None
+        if best is not None:
+            self._rank({best: math.nan})
+        content["callbacks"] = {**content.get("callbacks", {}), self.state_key: self.state_dict()}
+        paths = [path for path in (self.last_model_path, best) if path]
+        for path in paths[:1]:
+            trainer.strategy.checkpoint_io.save_checkpoint(content, path)
+        for path in paths[1:]:
+            self._link(paths[0], path)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the best files by name with their figures, as plain values."""
         return {

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from detseg.metrics import ProposalRecall
+from detseg.models.svm_branch import SVMBranch
 from detseg.structures import Detections, Target
 from detseg.tasks.base import restore, scalars
 from detseg.tasks.detection import Detection
@@ -27,6 +28,13 @@ class TwoStageDetection(Detection):
     """
 
     needs_proposals: ClassVar[bool] = True
+
+    def on_train_start(self) -> None:
+        """Take up the run; SVMs that were fitted to the features as they were score nothing while those learn on."""
+        super().on_train_start()
+        branch = getattr(self.model, "box", None)
+        if isinstance(branch, SVMBranch):
+            branch.forget()
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return the metrics of boxes and of proposals."""
