@@ -29,6 +29,7 @@ def sections() -> dict[str, dict[str, Any]]:
 
 SECTIONS = sections()
 SMALL = [name for name in SECTIONS if name.endswith("_small")]
+POOLED = [name for name in SMALL if "levels" in SECTIONS[name]["pooling"]]
 
 
 def build(name: str, *overrides: str) -> Any:
@@ -59,7 +60,7 @@ def learn_and_predict(model: Any) -> Any:
 
 def test_there_are_models() -> None:
     known = {"fast_rcnn", "faster_rcnn", "faster_rcnn_c4", "faster_rcnn_vgg16", "cascade_rcnn", "mask_rcnn"}
-    assert known <= set(SECTIONS) and len(SMALL) >= 4
+    assert known <= set(SECTIONS) and len(POOLED) >= 4
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -71,18 +72,19 @@ def test_hard_examples_keep_the_models_number_of_regions(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_hard_examples_and_one_box_for_all_classes_work_from_the_config(name: str) -> None:
-    model = build(name, "sampler@model.box.sampler=hard", "model.box.sampler.size=5", "model.box.class_agnostic=true")
+    agnostic = ["model.box.class_agnostic=true"] if "class_agnostic" in SECTIONS[name] else []
+    model = build(name, "sampler@model.box.sampler=hard", "model.box.sampler.size=5", *agnostic)
     outputs = learn_and_predict(model)
     branches = getattr(model.box, "stages", [model.box])
     assert all(isinstance(branch.sampler, HardSampler) for branch in branches)
     assert len(outputs.regions) == len(branches)
     for stage in outputs.regions:
         assert all(0 < len(labels) <= 5 for labels in stage.samples.labels)
-        assert stage.box_deltas.shape[1:] == (1, 4) and stage.class_logits.shape[1] == 4
+        assert stage.class_logits.shape[1] == 4 and (not agnostic or stage.box_deltas.shape[1:] == (1, 4))
 
 
 @pytest.mark.parametrize("kind", ["roi_align", "roi_pool"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", POOLED)
 def test_regions_may_be_pooled_or_aligned(name: str, kind: str) -> None:
     model = build(name, f"pooling@model.box.pooling={kind}")
     learn_and_predict(model)
