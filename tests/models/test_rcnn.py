@@ -10,7 +10,7 @@ from detseg.models import RCNN
 from detseg.models.region_features import stack_regions
 from detseg.models.svm_branch import SVMBranch
 from detseg.models.warped_crop import WarpedCrop
-from detseg.nn import TinyBackbone
+from detseg.nn import CheckpointMismatch, TinyBackbone, load_weights
 from detseg.nn.region_network import BackboneNetwork
 from detseg.structures import Target
 from detseg.targets.hard_negatives import HardNegativeSVM
@@ -27,7 +27,7 @@ class Quarters:
         return torch.tensor([[0, 0, w, h], [w, 0, 2 * w, h], [0, h, w, 2 * h], [w, h, 2 * w, 2 * h]])
 
 
-def model(**options: Any) -> RCNN:
+def model(num_classes: int = 2, **options: Any) -> RCNN:
     torch.manual_seed(0)
     body = TinyBackbone(widths=(8, 12), stem=6)
     body.mean, body.std = [0.5, 0.4, 0.3], [0.2, 0.2, 0.1]
@@ -36,7 +36,7 @@ def model(**options: Any) -> RCNN:
         "head": partial(BackboneNetwork, backbone=body, widths=[10]),
         "score_threshold": 0.0,
     }
-    return RCNN(num_classes=2, proposer=Quarters(), box=partial(SVMBranch, **(parts | options)))
+    return RCNN(num_classes=num_classes, proposer=Quarters(), box=partial(SVMBranch, **(parts | options)))
 
 
 def batch() -> tuple[Tensor, Tensor, list[Target]]:
@@ -114,6 +114,18 @@ def test_fitted_parts_travel_with_the_state() -> None:
     assert_close(one[0].scores, two[0].scores)
     assert one[0].labels.tolist() == [1] * len(one[0])
     assert_close(one[0].boxes[0], targets[0].boxes[0], rtol=0, atol=0.5)  # one pair, so the regression repeats it
+
+
+def test_weights_of_other_classes_give_the_network_alone() -> None:
+    """What ``init_from`` with ``drop_head`` does."""
+    first, second = model(num_classes=2), model(num_classes=5)
+    torch.nn.init.normal_(first.box.head.layers[1].weight)  # type: ignore[arg-type,index,union-attr]
+    dropped = load_weights(second, first.state_dict(), drop_head=True)
+    assert {key.rsplit(".", 1)[0] for key in dropped} == {"box.predictor.cls_score", "box.svms", "box.ridge"}
+    for key, value in first.box.head.state_dict().items():
+        assert_close(second.box.head.state_dict()[key], value)
+    with pytest.raises(CheckpointMismatch, match="cls_score"):
+        load_weights(second, first.state_dict())
 
 
 def test_the_chunk_bounds_how_many_crops_there_are_at_once() -> None:

@@ -192,6 +192,18 @@ def test_chunks_change_nothing_and_what_was_fitted_can_be_forgotten() -> None:
 
 
 @torch.no_grad()
+def test_half_precision_is_left_outside() -> None:
+    box, _ = fitted()
+    maps, vectors = box.describe([images()], stack_regions(proposals()), STRIDES)
+    expected = box.svms(vectors), box.ridge(maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close((box.svms(vectors), box.ridge(maps)), expected, rtol=0, atol=0)
+    box.svms.bfloat16(), box.ridge.bfloat16()
+    assert_close(box.svms(vectors.bfloat16()), expected[0], rtol=0.05, atol=0.05)
+    assert_close(box.ridge(maps.bfloat16()), expected[1], rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
 def test_any_head_and_pooling_will_do() -> None:
     """As in SPP-net: features of a shared map, whose flattened cells are ``pool5``."""
     pooling, head = RegionPool(output_size=2, levels=1), partial(TwoLayerHead, width=9)

@@ -71,8 +71,9 @@ class RegionSVMs(nn.Module):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return margins ``(R, K)`` of ``(R, D)``; minus infinity for a class without an SVM."""
-        margins = features.float() @ self.weight.T + self.bias  # (R, K)
+        """Return margins ``(R, K)`` of ``(R, D)``, in single precision; minus infinity for a class without an SVM."""
+        with torch.autocast(features.device.type, enabled=False):
+            margins = features.float() @ self.weight.float().T + self.bias.float()  # (R, K)
         return margins.masked_fill(~self.known, -torch.inf)
 
     def take(self, machines: ClassSVMs, *, scale: float) -> None:
@@ -102,8 +103,9 @@ class RegionRidge(nn.Module):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return deltas ``(R, K, 4)`` of ``(R, D)``; zero for a class that had nothing to learn from."""
-        return torch.einsum("rd,kdt->rkt", features.float(), self.weight) + self.bias
+        """Return deltas ``(R, K, 4)`` of ``(R, D)``, in single precision; zero for a class that learnt nothing."""
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.einsum("rd,kdt->rkt", features.float(), self.weight.float()) + self.bias.float()
 
     def fit(self, examples: Sequence[RegionExamples], *, strength: float, norm: float) -> list[int]:
         """Fit from ``maps``, ``map_labels``, ``deltas`` and ``lengths``; the rest is not looked at.

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 HEADS = ("fc", "classifier", "head", "heads")
 """First names of the layers that timm and torchvision, and our segmenters, classify with."""
 
+BRANCH_HEADS = ("box.predictor.", "box.svms.", "box.ridge.")
+"""What has one output per class in a detector whose network is the head of a region, as in R-CNN."""
+
 
 class CheckpointMismatch(ValueError):
     """A state dict does not fit a module; the message shows both sides.
@@ -61,7 +64,7 @@ def load_weights(
         module: the network to fill.
         state: name to tensor. ``num_batches_tracked`` may differ: nothing here reads it.
         drop_head: let the parts that are no backbone differ; they keep their initial values and are logged. In a
-            module with keys ``backbone.*`` that is every other key, else those whose first name is in ``HEADS``.
+            module with keys ``backbone.*`` that is every other key, else those in ``HEADS`` or ``BRANCH_HEADS``.
         source: where the state came from, for messages.
 
     Returns:
@@ -149,7 +152,7 @@ def _reason(error: Exception) -> str:
 def _is_head(key: str, own: Mapping[str, Tensor]) -> bool:
     if any(name.startswith("backbone.") for name in own):
         return not key.startswith("backbone.")
-    return key.split(".")[0] in HEADS
+    return key.split(".")[0] in HEADS or key.startswith(BRANCH_HEADS)
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
