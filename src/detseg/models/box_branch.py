@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,9 @@ class BoxBranch(RegionBranch):
         self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int], *, compressed: bool = False
     ) -> Tensor:
         """Return what regions ``(R, 5)`` are classified by: the head's ``(R, out_features)``."""
-        head = self.compress(self.head) if compressed and self.compress is not None else self.head
+        head: Callable[[Tensor], Tensor] = self.head
+        if compressed and self.compress is not None:
+            head = self.compress(cast(nn.Module, self.head))
         if self.chunk is None or torch.is_grad_enabled() or len(regions) <= self.chunk:
             return head(self.pooling(features, regions, strides))  # (R, out_features)
         parts = [head(self.pooling(features, some, strides)) for some in torch.split(regions, self.chunk)]
