@@ -117,6 +117,27 @@ def test_how_workers_ended_is_read_from_the_desk(tmp_path: Path):
     assert isinstance(crashed, WorkerFailed) and "SIGSEGV" in str(crashed) and crashed.code == 139
 
 
+def test_a_failure_is_not_taken_for_the_end_that_the_others_are_asked_for(tmp_path: Path):
+    """The agent ends the neighbours of a worker that failed by SIGTERM, which they obey in order."""
+    desk.put("rank_0.json", note(0, 143, "", 2.0, ended=True), tmp_path)
+    desk.put("rank_1.json", note(1, 1, "no luck", 1.0, kind="ValueError"), tmp_path)
+    desk.put("agent.json", {"failures": [{"rank": 1, "code": 1, "pid": 5, "time": 1.0}]}, tmp_path)
+    failed = trouble(tmp_path, 1)
+    assert isinstance(failed, WorkerFailed) and (str(failed), failed.code) == ("rank 1: no luck", 1)
+    (tmp_path / "rank_1.json").unlink()
+    desk.put("agent.json", {"failures": [{"rank": 1, "code": -9, "pid": 5, "time": 1.0}]}, tmp_path)
+    killed = trouble(tmp_path, 137)
+    assert isinstance(killed, WorkerFailed) and "rank 1 (process 5) was ended by SIGKILL" in str(killed)
+    desk.put("rank_1.json", note(1, 1, "Connection closed by peer", 3.0), tmp_path)
+    desk.put("agent.json", {"failures": [{"rank": 1, "code": 1, "pid": 5, "time": 3.0}]}, tmp_path)
+    lost = trouble(tmp_path, 1)
+    assert isinstance(lost, SystemExit) and lost.code == 143, "a neighbour that was asked to end is no failure"
+    desk.put("rank_1.json", note(1, 1, "no luck", 1.0, kind="ValueError"), tmp_path)
+    desk.put(desk.TOLD, 15, tmp_path)
+    told = trouble(tmp_path, 1)
+    assert isinstance(told, SystemExit) and told.code == 143, "the launcher was asked first"
+
+
 def test_machines_meet_in_the_order_of_their_coming_and_take_the_first_ones_word():
     place = f"127.0.0.1:{free_port()}"
     first = meeting.meet(place, 2)

@@ -1,7 +1,8 @@
 """A directory of one machine through which a launcher, its agent and its workers tell each other things.
 
 It is temporary and no part of the run directory. Files are JSON: ``agent.json`` (which workers failed), ``pid_<rank>``
-(who is there to be sent a signal), ``rank_<rank>.json`` (how a worker ended) and ``outcome.json`` (what came out).
+(who is there to be sent a signal), ``told.json`` (the signal that came), ``rank_<rank>.json`` (how a worker ended) and
+``outcome.json`` (what came out).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ LAUNCHER = "DETSEG_LAUNCHER"
 
 LOG_FILE = "DETSEG_LOG_FILE"
 """Environment variable: where the first worker writes what it prints, too."""
+
+TOLD = "told.json"
+"""Where the launcher puts the first signal that it passed on."""
 
 
 def put(name: str, content: Any, directory: Path | None = None) -> None:

@@ -134,6 +134,8 @@ def attend(
             code = agent.wait()
     finally:
         end(agent)
+    if sent:
+        desk.put(desk.TOLD, sent[0], place)
     if code and sent and not desk.take_all("rank_*.json", place):  # before anybody could save anything
         raise SystemExit(128 + sent[0])
     return code
@@ -196,10 +198,22 @@ def trouble(place: Path, code: int) -> WorkerFailed | SystemExit | None:
         code: of the agent.
     """
     notes: list[dict[str, Any]] = desk.take_all("rank_*.json", place)
-    for note in notes:
-        if note["code"] in ASKED or (note["ended"] and note["code"] == 0):  # 0: Slurm starts it anew
-            return SystemExit(note["code"])
-    return None if code == 0 and notes else failure(notes, desk.take("agent.json", place) or {}, code)
+    report: dict[str, Any] = desk.take("agent.json", place) or {}
+    ends = [note["code"] for note in notes if _in_order(note)]
+    if ends and (desk.take(desk.TOLD, place) is not None or not _broke(notes, report)):
+        return SystemExit(ends[0])
+    return None if code == 0 and notes else failure(notes, report, code)
+
+
+def _in_order(note: Mapping[str, Any]) -> bool:
+    """Say whether a worker was asked to end and did; with 0 Slurm starts it anew."""
+    return note["code"] in ASKED or (note["ended"] and note["code"] == 0)
+
+
+def _broke(notes: list[dict[str, Any]], report: Mapping[str, Any]) -> bool:
+    """Say whether a worker failed or was killed: then it was the agent that asked the others to end."""
+    failed = any(note["code"] and not _in_order(note) and not _lost_peer(note) for note in notes)
+    return failed or any(item["code"] < 0 and -item["code"] != signal.SIGTERM for item in report.get("failures", []))
 
 
 def tell(problem: WorkerFailed | SystemExit) -> None:
@@ -237,7 +251,10 @@ def failure(notes: list[dict[str, Any]], report: Mapping[str, Any], code: int) -
             "were ended",
             code=128 - first["code"],
         )
-    failed = sorted((note for note in notes if note["code"]), key=lambda note: (_lost_peer(note), note["time"]))
+    failed = sorted(
+        (note for note in notes if note["code"] and not _in_order(note)),
+        key=lambda note: (_lost_peer(note), note["time"]),
+    )
     if failed:
         first = failed[0]
         said = f"rank {first['rank']}: {first['message']}"
