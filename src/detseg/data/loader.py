@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -34,7 +36,8 @@ class LateLoader(DataLoader[Sample]):
         if isinstance(self.sampler, TrainSampler):
             self.sampler.skip = skip * int(self.batch_size or 1)
             skip = 0
-        batches = super().__iter__()
+        with one_opencv_thread() if self.num_workers else nullcontext():
+            batches = super().__iter__()
         with named_deaths(self.dataset, batches):
             yield from itertools.islice(batches, skip, None)
 
@@ -45,6 +48,25 @@ class LateLoader(DataLoader[Sample]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Leave out the first ``state["batch"]`` batches of epoch ``state["epoch"]``, should it be the next."""
         self._skip = int(state.get("batch", 0)), int(state.get("epoch", 0))
+
+
+@contextmanager
+def one_opencv_thread() -> Iterator[None]:
+    """Let workers that start meanwhile have one thread of OpenCV's; afterwards this process has as many as before.
+
+    A worker that is forked inherits OpenCV's pool without its threads: to change their number, or to wait for their
+    work, would never end. With one thread there is no pool.
+    """
+    cv2 = sys.modules.get("cv2")
+    if cv2 is None:  # each worker imports its own
+        yield
+        return
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def calm_worker(worker: int) -> None:
