@@ -12,7 +12,8 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detseg.config import instantiate, load_config
-from detseg.models.region_features import RegionAlign
+from detseg.data.loader import one_opencv_thread
+from detseg.models.region_features import RegionFeatures
 from detseg.structures import SemanticMap, Target
 from shared import REPO
 
@@ -33,7 +34,7 @@ def model(name: str) -> tuple[Any, str]:
         sampler = getattr(part, "sampler", None)
         if sampler is not None:
             sampler.size, sampler.positive_fraction = 10**6, 1.0
-        if isinstance(part, RegionAlign):  # reads features in float32 always
+        if isinstance(part, RegionFeatures):  # reads features in float32 always
             part.register_forward_hook(lambda _, __, regions: regions.double())
     return built, str(cfg.truth)
 
@@ -94,7 +95,8 @@ def rank(number: int, folder: str) -> None:
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of two ranks has after DDP's averaging: model -> case -> gradient."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(rank, (str(folder),), nprocs=2, start_method="fork")
+    with one_opencv_thread():  # some models search for proposals
+        multiprocessing.start_processes(rank, (str(folder),), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{number}.pt") for number in range(2)]
 
 
