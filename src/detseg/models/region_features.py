@@ -38,7 +38,46 @@ class RegionFeatures(nn.Module):
         raise NotImplementedError
 
 
-class RegionAlign(RegionFeatures):
+class RegionGrid(RegionFeatures):
+    """Base of those that give a region P x P cells, read from one level of a pyramid.
+
+    Args:
+        output_size: P, cells of a region's side.
+        levels: how many pyramid levels, from the finest, regions are read from; the coarser ones serve the RPN alone.
+        canonical_size: side in pixels of a region that reads ``canonical_level`` (equation 1: 224, ImageNet's side).
+        canonical_level: log2 of the stride of that level (equation 1: k0 = 4).
+    """
+
+    def __init__(self, *, output_size: int, levels: int, canonical_size: float, canonical_level: int) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.levels = levels
+        self.canonical_size = canonical_size
+        self.canonical_level = canonical_level
+
+    def shape(self, channels: int) -> tuple[int, ...]:
+        """Return (C, P, P)."""
+        return channels, self.output_size, self.output_size
+
+    def assign(self, boxes: Tensor, strides: Sequence[int]) -> Tensor:
+        """Return the level that each box ``(R, 4)`` reads, ``(R,)`` int64 with 0 the finest."""
+        return assign_levels(boxes, strides[: self.levels], self.canonical_size, self.canonical_level)
+
+    def used(self, features: Sequence[Tensor], strides: Sequence[int]) -> tuple[list[Tensor], Sequence[int]]:
+        """Return the levels that regions are read from, and their strides.
+
+        Raises:
+            ValueError: there are fewer levels than regions shall be read from.
+        """
+        if len(features) < self.levels:
+            raise ValueError(
+                f"{type(self).__name__}: levels is {self.levels}, but the backbone gives {len(features)}; set it to "
+                "at most that"
+            )
+        return list(features[: self.levels]), strides[: self.levels]
+
+
+class RegionAlign(RegionGrid):
     """Cut every region out of the feature maps by RoIAlign.
 
     Args:
@@ -58,16 +97,13 @@ class RegionAlign(RegionFeatures):
         canonical_size: float = 224.0,
         canonical_level: int = 4,
     ) -> None:
-        super().__init__()
-        self.output_size = output_size
+        super().__init__(
+            output_size=output_size,
+            levels=levels,
+            canonical_size=canonical_size,
+            canonical_level=canonical_level,
+        )
         self.sampling_ratio = sampling_ratio
-        self.levels = levels
-        self.canonical_size = canonical_size
-        self.canonical_level = canonical_level
-
-    def shape(self, channels: int) -> tuple[int, ...]:
-        """Return (C, P, P)."""
-        return channels, self.output_size, self.output_size
 
     def forward(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
         """Return ``(R, C, P, P)``; see ``RegionFeatures``.
@@ -75,16 +111,12 @@ class RegionAlign(RegionFeatures):
         Raises:
             ValueError: there are fewer levels than regions shall be read from.
         """
-        used, strides = _used(self, features, strides)
+        used, strides = self.used(features, strides)
         level = self.assign(regions[:, 1:], strides)  # (R,)
         return pyramid_roi_align(used, regions, level, strides, self.output_size, self.sampling_ratio)
 
-    def assign(self, boxes: Tensor, strides: Sequence[int]) -> Tensor:
-        """Return the level that each box ``(R, 4)`` reads, ``(R,)`` int64 with 0 the finest."""
-        return assign_levels(boxes, strides[: self.levels], self.canonical_size, self.canonical_level)
 
-
-class RegionPool(RegionFeatures):
+class RegionPool(RegionGrid):
     """Cut every region out of the feature maps by RoIPool: the maximum of each cell, whose borders are whole cells.
 
     Args:
@@ -102,15 +134,12 @@ class RegionPool(RegionFeatures):
         canonical_size: float = 224.0,
         canonical_level: int = 4,
     ) -> None:
-        super().__init__()
-        self.output_size = output_size
-        self.levels = levels
-        self.canonical_size = canonical_size
-        self.canonical_level = canonical_level
-
-    def shape(self, channels: int) -> tuple[int, ...]:
-        """Return (C, P, P)."""
-        return channels, self.output_size, self.output_size
+        super().__init__(
+            output_size=output_size,
+            levels=levels,
+            canonical_size=canonical_size,
+            canonical_level=canonical_level,
+        )
 
     def forward(self, features: Sequence[Tensor], regions: Tensor, strides: Sequence[int]) -> Tensor:
         """Return ``(R, C, P, P)``; see ``RegionFeatures``.
@@ -118,9 +147,9 @@ class RegionPool(RegionFeatures):
         Raises:
             ValueError: there are fewer levels than regions shall be read from.
         """
-        used, strides = _used(self, features, strides)
+        used, strides = self.used(features, strides)
         regions = regions.float()  # in half precision coordinates are off by whole pixels
-        level = assign_levels(regions[:, 1:], strides, self.canonical_size, self.canonical_level)  # (R,)
+        level = self.assign(regions[:, 1:], strides)  # (R,)
         rows = [(level == index).nonzero().flatten() for index in range(len(used))]  # per level (R_l,)
         pooled: list[Tensor] = [
             torchvision.ops.roi_pool(feature.float(), regions[row], self.output_size, 1.0 / stride)
@@ -144,18 +173,6 @@ def assign_levels(boxes: Tensor, strides: Sequence[int], canonical_size: float, 
     wanted = (canonical_level + (side / canonical_size).log2() + 1e-6).floor()  # (R,), eq. 1
     finest = math.log2(strides[0])
     return (wanted.clamp(finest, finest + len(strides) - 1) - finest).long()  # (R,)
-
-
-def _used(
-    pooling: RegionAlign | RegionPool, features: Sequence[Tensor], strides: Sequence[int]
-) -> tuple[list[Tensor], Sequence[int]]:
-    """Return the levels that regions are read from, and their strides."""
-    if len(features) < pooling.levels:
-        raise ValueError(
-            f"{type(pooling).__name__}: levels is {pooling.levels}, but the backbone gives {len(features)}; set it to "
-            "at most that"
-        )
-    return list(features[: pooling.levels]), strides[: pooling.levels]
 
 
 def stack_regions(boxes: Sequence[Tensor]) -> Tensor:
