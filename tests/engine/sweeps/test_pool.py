@@ -110,6 +110,24 @@ def test_trials_that_die_leave_the_pool_as_it_was(tmp_path: Path, pool: Pool):
     assert pool.busy == 0
 
 
+@pytest.mark.slow
+def test_a_fork_server_that_runs_already_will_do(tmp_path: Path):
+    multiprocessing.forkserver._forkserver._stop()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([])
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    pool = Pool(slots=slots(1))
+    try:
+        pool.start(order(tmp_path / "a"))
+        ((_, record),) = until_ended(pool)
+    finally:
+        pool.close()
+        multiprocessing.forkserver._forkserver._stop()
+    assert record.value == 1.0
+
+
 def test_records_survive_their_file_and_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     record = TrialRecord(parameters={"a": "1"}, seed=3, monitor="val/map", mode="max")
     assert record.finished({"map": 0.5}, seconds=2.0).value == 0.5

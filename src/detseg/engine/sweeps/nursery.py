@@ -24,10 +24,20 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def lead_session() -> None:
+    """Have this process lead a session, and with it a group, of its own, unless it does already.
+
+    It does where the fork server was started before the study, by another part of the program and without this
+    module: then a trial imports it, and so prepares, itself.
+    """
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+
+
 def prepare() -> None:
     """Import what trials need, and leave signals to the study: it tells its trials what to do."""
     die_with_parent()  # multiprocessing's own end takes seconds with all that is imported here
-    os.setsid()  # Ctrl-C in a terminal reaches a whole group of processes
+    lead_session()  # Ctrl-C in a terminal reaches a whole group of processes
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a cluster sends it to every process of a job
     for name in HEAVY:
         importlib.import_module(name)

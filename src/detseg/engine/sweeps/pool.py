@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detseg.config import ConfigError
-from detseg.engine.sweeps.nursery import die_with_parent
+from detseg.engine.sweeps.nursery import die_with_parent, lead_session
 from detseg.engine.sweeps.record import RECORD, TrialRecord, write_record
 from detseg.secrecy import redact
 
@@ -205,7 +205,7 @@ def _work(order: Order, slot: Slot) -> None:
     die_with_parent()
     if os.getppid() == 1:  # it went before the call
         os._exit(1)
-    os.setsid()  # a group of its own, with its data workers
+    lead_session()  # and a group, with its data workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     lock = _redirect(order.directory)
     _take(slot)
