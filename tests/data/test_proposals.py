@@ -151,10 +151,11 @@ class TestFill:
         broken = dataset(tmp_path, count=12, fail_at=7)
         with pytest.raises(DataError, match=r"image 7 of split train.*\(7\.png\)"):
             broken.fill(workers=2)
-        before = broken.proposer.calls()
+        kept = len(list((tmp_path / "data").rglob("*.boxes")))
+        assert kept in (len(broken.proposer.calls()), len(broken.proposer.calls()) - 1)  # the other worker's last
         split = dataset(tmp_path, count=12)
         filling = split.fill()
-        assert filling.made == 12 - len(before) and split.proposer.calls() == list(range(12))
+        assert filling.made == 12 - kept and sorted(set(split.proposer.calls())) == list(range(12))
 
     def test_lines_tell_how_far_it_is(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

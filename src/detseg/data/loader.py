@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import cv2
 from torch.utils.data import DataLoader
 
 from detseg.data.sample import Sample
@@ -57,10 +57,6 @@ def one_opencv_thread() -> Iterator[None]:
     A worker that is forked inherits OpenCV's pool without its threads: to change their number, or to wait for their
     work, would never end. With one thread there is no pool.
     """
-    cv2 = sys.modules.get("cv2")
-    if cv2 is None:  # each worker imports its own
-        yield
-        return
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -73,7 +69,9 @@ def calm_worker(worker: int) -> None:
     """Let a data worker outlive the signals that end a run, which reach it too where they go to a process group.
 
     The run still needs it for the step under way. One that torch has to end, by SIGTERM, ends ``LINGER`` seconds later.
+    One that was not forked has OpenCV's threads, as many as cores, and gets by with one: processes share the cores.
     """
+    cv2.setNumThreads(1)  # does nothing where one_opencv_thread has seen to it
     signal.set_wakeup_fd(-1)  # inherited from the run, which would take the worker's signals for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import cv2
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -105,7 +104,7 @@ class ProposedDataset(SampleDataset):
         image = self.samples[index].image
         digest = digest_of(image)
         kept, start = self.cache.read(digest), time.perf_counter()
-        boxes = self._boxes(digest, image) if kept is None else kept
+        boxes = self._make(digest, image) if kept is None else kept
         return Made(index, digest, len(boxes), 0.0 if kept is not None else time.perf_counter() - start)
 
     def fill(self, *, workers: int = 0, rank: int = 0, world_size: int = 1) -> Filling:
@@ -150,9 +149,11 @@ class ProposedDataset(SampleDataset):
     def _boxes(self, digest: str, image: Tensor) -> Tensor:
         """Return the proposals ``(N, 4)`` of an image, made and kept if they were not."""
         boxes = self.cache.read(digest)
-        if boxes is None:
-            boxes = self.proposer(image.as_subclass(Tensor))
-            self.cache.write(digest, boxes)
+        return self._make(digest, image) if boxes is None else boxes
+
+    def _make(self, digest: str, image: Tensor) -> Tensor:
+        boxes = self.proposer(image.as_subclass(Tensor))  # (N, 4)
+        self.cache.write(digest, boxes)
         return boxes
 
     def _all(self, indices: list[int], workers: int) -> Iterable[Made]:
@@ -165,7 +166,7 @@ class ProposedDataset(SampleDataset):
             cast(Dataset[Sample], work),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_single_thread,
+            worker_init_fn=calm_worker,
             collate_fn=cast(Any, _as_it_is),
         )
         return cast(Iterable[Made], loader)
@@ -192,12 +193,6 @@ class _Work(Dataset[Made]):
         index = self.indices[place]
         with nullcontext() if self.watch is None else self.watch.reading(0, index):
             return self.split.make(index)
-
-
-def _single_thread(worker: int) -> None:
-    """Set up a worker: as many threads as processes would wait for each other."""
-    calm_worker(worker)
-    cv2.setNumThreads(1)
 
 
 def _as_it_is(made: Made) -> Made:

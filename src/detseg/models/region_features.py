@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detseg.ops.roi_align import pyramid_roi_align
+from detseg.ops.roi_align import by_level, pyramid_roi_align
 
 
 class RegionFeatures(nn.Module):
@@ -150,14 +150,12 @@ class RegionPool(RegionGrid):
         used, strides = self.used(features, strides)
         regions = regions.float()  # in half precision coordinates are off by whole pixels
         level = self.assign(regions[:, 1:], strides)  # (R,)
-        rows = [(level == index).nonzero().flatten() for index in range(len(used))]  # per level (R_l,)
-        pooled: list[Tensor] = [
-            torchvision.ops.roi_pool(feature.float(), regions[row], self.output_size, 1.0 / stride)
-            for feature, row, stride in zip(used, rows, strides, strict=True)
-        ]
-        if len(pooled) == 1:
-            return pooled[0]
-        return torch.cat(pooled).index_select(0, torch.cat(rows).argsort())  # (R, C, P, P)
+        features = [feature.float() for feature in used]
+        return by_level(self._pool, features, regions, level, strides)
+
+    def _pool(self, feature: Tensor, regions: Tensor, scale: float) -> Tensor:
+        pooled: Tensor = torchvision.ops.roi_pool(feature, regions, self.output_size, scale)
+        return pooled
 
 
 def assign_levels(boxes: Tensor, strides: Sequence[int], canonical_size: float, canonical_level: int) -> Tensor:

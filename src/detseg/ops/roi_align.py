@@ -11,7 +11,8 @@ sums, N cells of all levels and images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def pyramid_roi_align(
     # Coordinates in half precision are off by whole pixels, and torchvision wants one type for both inputs.
     features, regions = [feature.float() for feature in features], regions.float()
     if sampling_ratio <= 0 or regions.device.type != "cpu":
-        return _by_level(features, regions, level, strides, output_size, sampling_ratio)
+        pool = partial(_roi_align, output_size=output_size, sampling_ratio=sampling_ratio)
+        return by_level(pool, features, regions, level, strides)
     tables = [feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features]  # per level (B * H * W, C)
     table = tables[0] if len(tables) == 1 else torch.cat(tables)  # (N, C)
     step = max(1, len(regions)) if table.requires_grad and torch.is_grad_enabled() else _CHUNK
@@ -56,21 +58,34 @@ def pyramid_roi_align(
     return pooled.view(len(regions), output_size, output_size, table.shape[1]).permute(0, 3, 1, 2)  # (R, C, P, P)
 
 
-def _by_level(
+def by_level(
+    pool: Callable[[Tensor, Tensor, float], Tensor],
     features: Sequence[Tensor],
     regions: Tensor,
     level: Tensor,
     strides: Sequence[int],
-    output_size: int,
-    sampling_ratio: int,
 ) -> Tensor:
+    """Return the features of each region ``(R, C, P, P)``, in the order of the regions.
+
+    Args:
+        pool: takes one level ``(B, C, H, W)``, its regions ``(R_l, 5)`` and its cells per pixel.
+        features: per level ``(B, C, H, W)``.
+        regions: ``(R, 5)`` image index and xyxy pixels.
+        level: ``(R,)`` int64, the level that each region reads.
+        strides: pixels per cell of each level.
+    """
     rows = [(level == index).nonzero().flatten() for index in range(len(features))]  # per level (R_l,)
     pooled = [
-        torchvision.ops.roi_align(feature, regions[row], output_size, 1.0 / stride, sampling_ratio)
-        for feature, row, stride in zip(features, rows, strides, strict=True)
+        pool(feature, regions[row], 1.0 / stride) for feature, row, stride in zip(features, rows, strides, strict=True)
     ]
+    if len(pooled) == 1:
+        return pooled[0]
     # One reordered copy: assigning level by level into zeros makes autograd copy the whole result each time.
     return torch.cat(pooled).index_select(0, torch.cat(rows).argsort())  # (R, C, P, P)
+
+
+def _roi_align(feature: Tensor, regions: Tensor, scale: float, *, output_size: int, sampling_ratio: int) -> Tensor:
+    return torchvision.ops.roi_align(feature, regions, output_size, scale, sampling_ratio)
 
 
 def _bags(
