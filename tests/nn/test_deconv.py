@@ -4,11 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
-from torch.testing import assert_close
 
 from detseg.nn.deconv import DeconvBackbone
-from detseg.nn.deformable import DeformableConvolution
 from detseg.nn.tiny import TinyBackbone
 
 
@@ -32,20 +29,6 @@ def test_the_weights_of_both_papers() -> None:
     count = sum(9 * before * after + 16 * after * after + 4 * after for before, after in pairwise(wide))
     model = DeconvBackbone(backbone=_body(), widths=(256, 128, 64), convolution=True)
     assert sum(value.numel() for value in model.up.parameters()) == count
-
-
-def test_a_deformable_convolution_starts_as_half_a_plain_one_and_learns_where_to_look() -> None:
-    layer = DeformableConvolution(3, 5)
-    maps = torch.rand(2, 3, 6, 7)
-    plain = nn.functional.conv2d(maps, layer.convolution.weight, padding=1)
-    assert_close(layer(maps), plain / 2, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        assert layer.places.bias is not None
-        layer.places.bias[1:18:2] = 1.0  # all nine places one cell to the right
-    shifted = nn.functional.conv2d(maps[..., 1:], layer.convolution.weight, padding=1)
-    assert_close(layer(maps)[..., 1:5], shifted[..., 1:5] / 2, rtol=1e-4, atol=1e-5)
-    layer(maps).square().sum().backward()
-    assert layer.places.weight.grad is not None and float(layer.places.weight.grad.abs().max()) > 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
