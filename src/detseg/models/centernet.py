@@ -7,7 +7,7 @@ of one stride: DLA-34 or a ResNet with up-sampling, or the stacked hourglass.
 Differs: the head says sizes in cells, so that its numbers are small, while the loss is of pixels, as in the paper. The
 published code counts both losses of an object as the mean of their two numbers, here they are the sum of equations 2
 and 3. Where several objects share a centre cell, whatever their classes, the smallest of them says its size and
-offset, where the published code averages their losses; each has its peak. Crowd regions teach nothing. One image is
+offset, where the published code averages their losses; each has its peak. Crowd regions teach nothing. An image is
 read once, not mirrored too.
 
 Letters: B images, K classes, G objects of all images, Q objects that own their centre cell, n peaks of one image.

@@ -4,9 +4,10 @@ An object is a pair of peaks, its top-left and its bottom-right corner (section 
 an embedding by which the two of an object find each other, and the offset in its cell; features are pooled along rows
 and columns first (figure 7). Redundant boxes are thinned by Soft-NMS (section 4.1).
 
-Differs: a batch's pull and push are means over its images. Corners of the batch's images are paired together. Where
-several objects share the cell of a corner the smallest says the offset there, while all take part in pull and push.
-Crowd regions teach nothing. One image is read once, not mirrored too.
+Differs: pull and push are means over the images of a batch, where the published code sums them over the five or so of a
+GPU, so that its weights of 0.1 are worth 0.5 here. Where several objects share the cell of a corner the smallest says
+the offset there, while all take part in pull and push. Crowd regions teach nothing. An image is read once, not mirrored
+too. The images of a batch are decoded together, each with its own corners.
 
 Letters: B images, K classes, G objects of all images, Q objects that own the cell of a corner, n corners of one kind in
 one image, m pairs.

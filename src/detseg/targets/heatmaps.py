@@ -137,8 +137,7 @@ def own_cells(objects: CellObjects, cells: Tensor, batch: int, shape: tuple[int,
     index = (objects.image * height + cells[:, 1]) * width + cells[:, 0]  # (G,)
     area = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1)  # (G,)
     order = torch.arange(len(index), device=index.device)  # (G,)
-    # At most the image has an area of H * W cells, a little more where it ends within the last ones.
-    return pick_best(index, (2.0 * height * width - area).clamp(min=0), order, batch * height * width).nonzero()[:, 0]
+    return pick_best(index, 1 / (1 + area), order, batch * height * width).nonzero()[:, 0]
 
 
 def crowd_cells(targets: list[Target], shape: tuple[int, int], stride: int, like: Tensor) -> Tensor | None:
