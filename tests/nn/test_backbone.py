@@ -155,3 +155,11 @@ def test_tiny_backbone_has_the_maps_it_promises():
     assert shapes(backbone(torch.rand(2, 3, 64, 32))) == [(4, 32, 16), (8, 16, 8), (16, 8, 4), (24, 4, 2)]
     assert TinyBackbone().channels == [32, 64, 128, 256]
     assert len(backbone.stages[0]) == 2
+
+
+def test_a_network_of_timm_whose_first_map_is_left_out_has_the_strides_it_promises():
+    backbone = TimmBackbone(
+        name="dla34", strides=(4, 16)
+    ).eval()  # timm counts its maps from stride 1, and lists from 2
+    assert shapes(backbone(torch.rand(1, 3, 64, 64))) == [(64, 16, 16), (256, 4, 4)]
+    assert backbone.channels == [64, 256]

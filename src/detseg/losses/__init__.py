@@ -1,6 +1,8 @@
 """Losses: a pure function each, and thin classes that are constructor arguments of the models."""
 
 from detseg.losses.focal import FocalLoss, focal_loss
+from detseg.losses.grouping import GroupingLoss, pull_loss, push_loss
+from detseg.losses.heatmap import HeatmapFocalLoss, heatmap_focal_loss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
@@ -11,6 +13,8 @@ __all__ = [
     "DIoULoss",
     "FocalLoss",
     "GIoULoss",
+    "GroupingLoss",
+    "HeatmapFocalLoss",
     "IoULoss",
     "SegmentationLoss",
     "SmoothL1",
@@ -18,5 +22,8 @@ __all__ = [
     "dice_loss",
     "dice_scores",
     "focal_loss",
+    "heatmap_focal_loss",
+    "pull_loss",
+    "push_loss",
     "separation_weights",
 ]

@@ -111,21 +111,22 @@ def _loss_and_slope(
     logits: Tensor, labels: Tensor, alpha: float, gamma: float, *, slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each entry ``(R, K)`` and, when asked for, its derivative."""
-    loss, derivative = _negative_terms(logits, 1 - alpha, gamma, slope=slope)
+    loss, derivative = negative_terms(logits, 1 - alpha, gamma, slope=slope)
     positive = (labels >= 0).nonzero()[:, 0]  # (P,)
     classes = labels[positive]  # (P,)
     # A positive entry is a negative one with the sign of its logit changed and the other weight.
-    own, own_slope = _negative_terms(-logits[positive, classes], alpha, gamma, slope=slope)  # (P,) each
+    own, own_slope = negative_terms(-logits[positive, classes], alpha, gamma, slope=slope)  # (P,) each
     loss[positive, classes] = own
     if derivative is not None and own_slope is not None:
         derivative[positive, classes] = -own_slope
     return loss, derivative
 
 
-def _negative_terms(logits: Tensor, scale: float, gamma: float, *, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return ``scale * p ** gamma * -log(1 - p)`` with p = sigmoid(logits), and its derivative when asked for.
+def negative_terms(logits: Tensor, scale: float, gamma: float, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Return ``scale * p ** gamma * -log(1 - p)`` with p = sigmoid(logits), and its derivative when ``slope`` is set.
 
-    The derivative is ``scale * p ** gamma * (gamma * (1 - p) * -log(1 - p) + p)`` (the paper's appendix B).
+    The derivative is ``scale * p ** gamma * (gamma * (1 - p) * -log(1 - p) + p)`` (the paper's appendix B). Both are
+    new tensors of the shape of ``logits``.
     """
     probability = logits.sigmoid()
     entropy = F.softplus(logits)  # -log(1 - p)

@@ -9,7 +9,9 @@ from detseg.models.catalogue import ModelCard, available
 
 if TYPE_CHECKING:
     from detseg.models.cascade_rcnn import CascadeRCNN
+    from detseg.models.centernet import CenterNet
     from detseg.models.contract import Detector, Segmenter
+    from detseg.models.cornernet import CornerNet
     from detseg.models.fast_rcnn import FastRCNN
     from detseg.models.faster_rcnn import FasterRCNN
     from detseg.models.fcos import FCOS
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackboneUNet": "unet",
     "CascadeRCNN": "cascade_rcnn",
+    "CenterNet": "centernet",
+    "CornerNet": "cornernet",
     "Detector": "contract",
     "FCOS": "fcos",
     "FastRCNN": "fast_rcnn",
@@ -40,6 +44,8 @@ __all__ = [
     "RCNN",
     "BackboneUNet",
     "CascadeRCNN",
+    "CenterNet",
+    "CornerNet",
     "Detector",
     "FastRCNN",
     "FasterRCNN",

@@ -1,7 +1,10 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
+from detseg.nn.aggregation import DeepAggregation
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.deconv import DeconvBackbone
 from detseg.nn.fpn import BackboneWithFPN
+from detseg.nn.hourglass import StackedHourglass
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from detseg.nn.tiny import TinyBackbone
@@ -13,7 +16,10 @@ __all__ = [
     "Backbone",
     "BackboneWithFPN",
     "CheckpointMismatch",
+    "DeconvBackbone",
+    "DeepAggregation",
     "Normalize",
+    "StackedHourglass",
     "TimmBackbone",
     "TinyBackbone",
     "TorchvisionBackbone",

@@ -152,7 +152,10 @@ class TimmBackbone(Backbone):
         reductions: list[int] = list(whole.feature_info.reduction())
         if absent := [stride for stride in strides if stride not in reductions]:
             raise ValueError(f"{name} has maps of strides {reductions}, not {absent}; choose among those")
-        chosen = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides]
+        places = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides]
+        chosen = [
+            whole.feature_info.out_indices[place] for place in places
+        ]  # DLA's first index, of stride 1, is left out
         net: Any = timm.create_model(
             tagged,
             features_only=True,
@@ -168,7 +171,7 @@ class TimmBackbone(Backbone):
         if config is not None:
             self.mean, self.std = list(config.mean), list(config.std)
             size = config.input_size[-1]
-        if chosen[-1] < len(reductions) - 1:  # some families keep their last stages; DDP wants no unused parameters
+        if places[-1] < len(reductions) - 1:  # some families keep their last stages; DDP wants no unused parameters
             _freeze(net, set(dict(net.named_parameters())) - _reached(net, size, [True] * len(chosen)))
         if frozen_stages > 0:
             early = [stride <= 2**frozen_stages for stride in reductions]
