@@ -5,6 +5,7 @@ from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
 from detseg.losses.smooth_l1 import SmoothL1
+from detseg.losses.squared import SquaredError
 
 __all__ = [
     "CIoULoss",
@@ -14,6 +15,7 @@ __all__ = [
     "IoULoss",
     "SegmentationLoss",
     "SmoothL1",
+    "SquaredError",
     "cross_entropy",
     "dice_loss",
     "dice_scores",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from detseg.models.fast_rcnn import FastRCNN
     from detseg.models.faster_rcnn import FasterRCNN
     from detseg.models.fcos import FCOS
+    from detseg.models.localiser import Localiser
     from detseg.models.mask_rcnn import MaskRCNN
     from detseg.models.rcnn import RCNN
     from detseg.models.retinanet import RetinaNet
@@ -26,6 +27,7 @@ _HOMES = {
     "FCOS": "fcos",
     "FastRCNN": "fast_rcnn",
     "FasterRCNN": "faster_rcnn",
+    "Localiser": "localiser",
     "MaskRCNN": "mask_rcnn",
     "RCNN": "rcnn",
     "RetinaNet": "retinanet",
@@ -43,6 +45,7 @@ __all__ = [
     "Detector",
     "FastRCNN",
     "FasterRCNN",
+    "Localiser",
     "MaskRCNN",
     "ModelCard",
     "RetinaNet",
