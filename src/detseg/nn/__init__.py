@@ -1,6 +1,7 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -13,10 +14,13 @@ __all__ = [
     "Backbone",
     "BackboneWithFPN",
     "CheckpointMismatch",
+    "Darknet19",
+    "Darknet53",
     "Normalize",
     "TimmBackbone",
     "TinyBackbone",
     "TorchvisionBackbone",
+    "YOLOv1Body",
     "freeze_batch_norm",
     "load_weights",
     "read_state",
