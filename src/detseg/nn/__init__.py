@@ -1,6 +1,7 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
 from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
@@ -12,7 +13,9 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Backbone",
+    "BackboneWithConcat",
     "BackboneWithFPN",
+    "BackboneWithPassthrough",
     "CheckpointMismatch",
     "Darknet19",
     "Darknet53",
