@@ -1,6 +1,7 @@
 """Losses: a pure function each, and thin classes that are constructor arguments of the models."""
 
 from detseg.losses.focal import FocalLoss, focal_loss
+from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, SoftmaxLoss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
@@ -12,9 +13,12 @@ __all__ = [
     "DIoULoss",
     "FocalLoss",
     "GIoULoss",
+    "GridBoxLoss",
     "IoULoss",
+    "LogisticLoss",
     "SegmentationLoss",
     "SmoothL1",
+    "SoftmaxLoss",
     "SquaredError",
     "cross_entropy",
     "dice_loss",
