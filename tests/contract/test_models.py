@@ -30,6 +30,7 @@ NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 SMALL = [name for name in NAMES if name.endswith("_small")]
 SIZES = torch.tensor([[32, 64], [25, 50]])  # valid height and width; both images are padded to 32 x 64
 NORM_OR_DROPOUT = ("Norm", "Dropout", "DropPath")
+FIXED_SIZE = ("yolo_v1",)  # fully connected layers take images of one size alone
 STEPS = 240  # two images must be known by heart after so many
 
 
@@ -39,6 +40,8 @@ def config(name: str) -> tuple[dict[str, Any], str]:
     cfg = load_config(f"model={name}")
     cfg.data.num_classes = 5 if cfg.truth == "semantic" else 3
     section = OmegaConf.to_container(cfg.model, resolve=True)
+    if name in FIXED_SIZE:  # built for the images of these tests
+        section["image_size"] = list(images().shape[2:])
     return without_weights(section), cfg.truth
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from detseg.models.retinanet import RetinaNet
     from detseg.models.spp_net import SPPNet
     from detseg.models.unet import BackboneUNet, UNet
+    from detseg.models.yolo_v1 import YOLOv1
 
 _HOMES = {
     "BackboneUNet": "unet",
@@ -34,6 +35,7 @@ _HOMES = {
     "SPPNet": "spp_net",
     "Segmenter": "contract",
     "UNet": "unet",
+    "YOLOv1": "yolo_v1",
 }
 """Public name -> file in this folder."""
 
@@ -52,6 +54,7 @@ __all__ = [
     "SPPNet",
     "Segmenter",
     "UNet",
+    "YOLOv1",
     "available",
 ]
 
