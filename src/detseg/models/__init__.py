@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from detseg.models.spp_net import SPPNet
     from detseg.models.unet import BackboneUNet, UNet
     from detseg.models.yolo_v1 import YOLOv1
+    from detseg.models.yolo_v2 import YOLOv2
 
 _HOMES = {
     "BackboneUNet": "unet",
@@ -36,6 +37,7 @@ _HOMES = {
     "Segmenter": "contract",
     "UNet": "unet",
     "YOLOv1": "yolo_v1",
+    "YOLOv2": "yolo_v2",
 }
 """Public name -> file in this folder."""
 
@@ -55,6 +57,7 @@ __all__ = [
     "Segmenter",
     "UNet",
     "YOLOv1",
+    "YOLOv2",
     "available",
 ]
 
