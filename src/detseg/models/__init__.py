@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from detseg.models.unet import BackboneUNet, UNet
     from detseg.models.yolo_v1 import YOLOv1
     from detseg.models.yolo_v2 import YOLOv2
+    from detseg.models.yolo_v3 import YOLOv3
 
 _HOMES = {
     "BackboneUNet": "unet",
@@ -38,6 +39,7 @@ _HOMES = {
     "UNet": "unet",
     "YOLOv1": "yolo_v1",
     "YOLOv2": "yolo_v2",
+    "YOLOv3": "yolo_v3",
 }
 """Public name -> file in this folder."""
 
@@ -58,6 +60,7 @@ __all__ = [
     "UNet",
     "YOLOv1",
     "YOLOv2",
+    "YOLOv3",
     "available",
 ]
 
