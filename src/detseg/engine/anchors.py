@@ -92,7 +92,8 @@ def box_sizes(data: DetectionData, split: str) -> Tensor:
 
 def _rounded(sizes: Tensor, digits: int) -> Tensor:
     """Return sizes ``(K, 2)`` rounded to so many digits, none of them to nothing."""
-    return sizes.mul(10**digits).round().clamp(min=1) / 10**digits
+    scale = 10.0**digits
+    return (sizes * scale).round().clamp(min=1) / scale
 
 
 def _write(result: Anchors) -> list[Path]:
