@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.ops import batched_nms, nms
 
-from detseg.ops.nms import BatchedNMS
+from detseg.ops.nms import BatchedNMS, suppress_per_image
 from nms_twins import greedy, scenes
 
 BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]])
@@ -112,3 +112,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_threshold_outside_its_range(threshold: float) -> None:
     with pytest.raises(ValueError, match=f"threshold is {threshold}; an IoU lies in"):
         BatchedNMS(threshold=threshold)
+
+
+def test_candidates_of_all_images_are_clipped_and_suppressed_image_by_image() -> None:
+    boxes = torch.tensor([[-5.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10], [0, 0, 90, 4], [0, 6, 90, 9]])
+    scores, labels = torch.tensor([0.5, 0.9, 0.8, 0.3, 0.4]), torch.tensor([1, 1, 1, 0, 0])
+    image = torch.tensor([0, 0, 2, 2, 2])
+    sizes = torch.tensor([[20, 20], [20, 20], [8, 30]])
+    found = suppress_per_image(boxes, scores, labels, image, sizes, nms=BatchedNMS(threshold=0.5), most=2)
+    assert [len(one) for one in found] == [1, 0, 2]
+    assert found[0].boxes.tolist() == [[0, 0, 10, 9]]  # beats the clipped one
+    assert found[2].boxes.tolist() == [[0, 0, 10, 8], [0, 6, 30, 8]]  # the two best of three that do not overlap
+    assert_close(found[2].scores, torch.tensor([0.8, 0.4]))

@@ -10,6 +10,7 @@ VERBS = {
     "tune": "search over hyperparameters; trials in processes of their own, a table at the end",
     "find": "find a learning rate (find lr) or the largest batch that fits (find batch)",
     "propose": "make the proposals of a data set once, keep them, and say what they cover",
+    "anchors": "find the anchors that cover the boxes of a data set best, by k-means",
     "evaluate": "measure a checkpoint; write predictions.json and metrics.json",
     "predict": "find things in photos; write pictures and JSON",
     "dashboard": "open TensorBoard or MLflow on the runs below a directory",

@@ -37,6 +37,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         "tune": _tune,
         "find": _find,
         "propose": _propose,
+        "anchors": _anchors,
         "evaluate": _evaluate,
         "predict": _predict,
         "dashboard": _dashboard,
@@ -161,6 +162,15 @@ def _propose(arguments: Sequence[str]) -> None:
 
     _compose_and_run(
         arguments, "propose", lambda *texts: load_config(*texts, name="propose"), propose, tell=show_proposals
+    )
+
+
+def _anchors(arguments: Sequence[str]) -> None:
+    from detseg.cli.anchors import show_anchors
+    from detseg.engine.anchors import anchors
+
+    _compose_and_run(
+        arguments, "anchors", lambda *texts: load_config(*texts, name="anchors"), anchors, tell=show_anchors
     )
 
 

@@ -3,10 +3,12 @@
 from detseg.losses.focal import FocalLoss, focal_loss
 from detseg.losses.grouping import GroupingLoss, pull_loss, push_loss
 from detseg.losses.heatmap import HeatmapFocalLoss, heatmap_focal_loss
+from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, SoftmaxLoss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
 from detseg.losses.smooth_l1 import SmoothL1
+from detseg.losses.squared import SquaredError
 
 __all__ = [
     "CIoULoss",
@@ -15,9 +17,13 @@ __all__ = [
     "GIoULoss",
     "GroupingLoss",
     "HeatmapFocalLoss",
+    "GridBoxLoss",
     "IoULoss",
+    "LogisticLoss",
     "SegmentationLoss",
     "SmoothL1",
+    "SoftmaxLoss",
+    "SquaredError",
     "cross_entropy",
     "dice_loss",
     "dice_scores",

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from detseg.models.fast_rcnn import FastRCNN
     from detseg.models.faster_rcnn import FasterRCNN
     from detseg.models.fcos import FCOS
+    from detseg.models.localiser import Localiser
     from detseg.models.mask_rcnn import MaskRCNN
     from detseg.models.rcnn import RCNN
     from detseg.models.retinanet import RetinaNet
     from detseg.models.spp_net import SPPNet
     from detseg.models.unet import BackboneUNet, UNet
+    from detseg.models.yolo_v1 import YOLOv1
+    from detseg.models.yolo_v2 import YOLOv2
+    from detseg.models.yolo_v3 import YOLOv3
 
 _HOMES = {
     "BackboneUNet": "unet",
@@ -30,12 +34,16 @@ _HOMES = {
     "FCOS": "fcos",
     "FastRCNN": "fast_rcnn",
     "FasterRCNN": "faster_rcnn",
+    "Localiser": "localiser",
     "MaskRCNN": "mask_rcnn",
     "RCNN": "rcnn",
     "RetinaNet": "retinanet",
     "SPPNet": "spp_net",
     "Segmenter": "contract",
     "UNet": "unet",
+    "YOLOv1": "yolo_v1",
+    "YOLOv2": "yolo_v2",
+    "YOLOv3": "yolo_v3",
 }
 """Public name -> file in this folder."""
 
@@ -49,12 +57,16 @@ __all__ = [
     "Detector",
     "FastRCNN",
     "FasterRCNN",
+    "Localiser",
     "MaskRCNN",
     "ModelCard",
     "RetinaNet",
     "SPPNet",
     "Segmenter",
     "UNet",
+    "YOLOv1",
+    "YOLOv2",
+    "YOLOv3",
     "available",
 ]
 

@@ -19,13 +19,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import clip_boxes_to_image
 
-from detseg.losses.focal import FocalLoss
 from detseg.losses.normalise import normaliser
 from detseg.nn.backbone import Backbone
 from detseg.nn.normalize import Normalize
-from detseg.ops.nms import Suppression
+from detseg.ops.nms import Suppression, suppress_per_image
 from detseg.structures import Detections, Target
 from detseg.targets.anchors import grid_strides
 from detseg.targets.crowds import inside_crowd, learnable
@@ -56,6 +54,14 @@ class Coder(Protocol):
 
     def decode(self, deltas: Tensor, anchors: Tensor, /) -> Tensor:
         """Return boxes ``(N, 4)``."""
+        ...
+
+
+class ClassificationLoss(Protocol):
+    """A loss of rows ``(R, K)``, summed over them with a weight each."""
+
+    def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return a scalar; ``labels`` (R,) are classes, negative for background, and ``weights`` is ``(R,)``."""
         ...
 
 
@@ -152,7 +158,7 @@ class DenseDetector(nn.Module, ABC):
         references: References,
         assigner: Assigner,
         coder: Coder,
-        classification_loss: FocalLoss,
+        classification_loss: ClassificationLoss,
         box_loss: BoxLoss,
         nms: Suppression,
         per_image: bool,
@@ -235,16 +241,12 @@ class DenseDetector(nn.Module, ABC):
         lattice = outputs.lattice
         image, reference, label, score = self._candidates(outputs)  # (C,) each
         regression = outputs.regression[image, reference].float()  # (C, 4)
-        boxes = self.coder.decode(regression, lattice.boxes[reference])  # (C, 4)
-        counts = torch.bincount(image, minlength=len(sizes)).tolist()
-        found = []
-        parts = (torch.split(tensor, counts) for tensor in (boxes, score, label))  # 3 x B x (n, ...)
-        for size, box, own_score, own_label in zip(sizes.tolist(), *parts, strict=True):
-            clipped = clip_boxes_to_image(box, (size[0], size[1]))  # (n, 4)
-            keep, lowered = self.nms(clipped, own_score, own_label)  # (k,) each
-            best = keep[: self.max_detections]
-            found.append(Detections(boxes=clipped[best], scores=lowered[: len(best)], labels=own_label[best]))
-        return found
+        boxes = self.decode(regression, reference, lattice)  # (C, 4)
+        return suppress_per_image(boxes, score, label, image, sizes, nms=self.nms, most=self.max_detections)
+
+    def decode(self, regression: Tensor, reference: Tensor, lattice: Lattice) -> Tensor:
+        """Return boxes ``(C, 4)`` xyxy pixels of predictions ``(C, 4)`` about references, given by number ``(C,)``."""
+        return self.coder.decode(regression, lattice.boxes[reference])
 
     def scores(self, logits: Tensor, quality: Tensor | None) -> Tensor:
         """Return the scores ``(C,)`` of candidates from their class and quality logits ``(C,)``."""

@@ -3,6 +3,8 @@
 from detseg.nn.aggregation import DeepAggregation
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
 from detseg.nn.deconv import DeconvBackbone
+from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
+from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.hourglass import StackedHourglass
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
@@ -14,15 +16,20 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Backbone",
+    "BackboneWithConcat",
     "BackboneWithFPN",
+    "BackboneWithPassthrough",
     "CheckpointMismatch",
     "DeconvBackbone",
     "DeepAggregation",
+    "Darknet19",
+    "Darknet53",
     "Normalize",
     "StackedHourglass",
     "TimmBackbone",
     "TinyBackbone",
     "TorchvisionBackbone",
+    "YOLOv1Body",
     "freeze_batch_norm",
     "load_weights",
     "read_state",

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import nms as greedy_nms
+
+from detseg.structures import Detections
 
 
 class Suppression(Protocol):
@@ -56,7 +60,7 @@ class BatchedNMS:
         check_candidates("BatchedNMS", boxes, scores, labels)
         # Half precision: torchvision's coordinate trick adds label offsets that float16 cannot hold.
         if self.class_agnostic:
-            keep: Tensor = nms(boxes.float(), scores.float(), self.threshold)  # (K,)
+            keep: Tensor = greedy_nms(boxes.float(), scores.float(), self.threshold)  # (K,)
         else:
             keep = batched_nms(boxes.float(), scores.float(), labels, self.threshold)  # (K,)
             keep = keep.sort().values  # of many boxes torchvision returns equal scores in any order
@@ -65,6 +69,31 @@ class BatchedNMS:
 
     def __repr__(self) -> str:
         return f"BatchedNMS(threshold={self.threshold}, class_agnostic={self.class_agnostic})"
+
+
+def suppress_per_image(
+    boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, sizes: Tensor, *, nms: Suppression, most: int
+) -> list[Detections]:
+    """Clip the candidates of all images and do NMS image by image.
+
+    Args:
+        boxes: ``(C, 4)`` xyxy pixels.
+        scores: ``(C,)``.
+        labels: ``(C,)`` int64.
+        image: ``(C,)`` int64, ascending.
+        sizes: ``(B, 2)``, height and width that boxes are clipped to.
+        nms: of one image.
+        most: how many detections per image stay.
+    """
+    counts = torch.bincount(image, minlength=len(sizes)).tolist()
+    found = []
+    parts = (torch.split(tensor, counts) for tensor in (boxes, scores, labels))  # 3 x B x (n, ...)
+    for size, box, own_score, own_label in zip(sizes.tolist(), *parts, strict=True):
+        clipped = clip_boxes_to_image(box, (size[0], size[1]))  # (n, 4)
+        keep, lowered = nms(clipped, own_score, own_label)  # (k,) each
+        best = keep[:most]
+        found.append(Detections(boxes=clipped[best], scores=lowered[: len(best)], labels=own_label[best]))
+    return found
 
 
 def check_share(owner: str, **values: float) -> None:
