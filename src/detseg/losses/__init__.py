@@ -1,9 +1,9 @@
 """Losses: a pure function each, and thin classes that are constructor arguments of the models."""
 
 from detseg.losses.focal import FocalLoss, focal_loss
+from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, SoftmaxLoss
 from detseg.losses.grouping import GroupingLoss, pull_loss, push_loss
 from detseg.losses.heatmap import HeatmapFocalLoss, heatmap_focal_loss
-from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, SoftmaxLoss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
@@ -15,9 +15,9 @@ __all__ = [
     "DIoULoss",
     "FocalLoss",
     "GIoULoss",
+    "GridBoxLoss",
     "GroupingLoss",
     "HeatmapFocalLoss",
-    "GridBoxLoss",
     "IoULoss",
     "LogisticLoss",
     "SegmentationLoss",

@@ -2,9 +2,9 @@
 
 from detseg.nn.aggregation import DeepAggregation
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
-from detseg.nn.deconv import DeconvBackbone
 from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
 from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
+from detseg.nn.deconv import DeconvBackbone
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.hourglass import StackedHourglass
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
@@ -20,10 +20,10 @@ __all__ = [
     "BackboneWithFPN",
     "BackboneWithPassthrough",
     "CheckpointMismatch",
-    "DeconvBackbone",
-    "DeepAggregation",
     "Darknet19",
     "Darknet53",
+    "DeconvBackbone",
+    "DeepAggregation",
     "Normalize",
     "StackedHourglass",
     "TimmBackbone",
