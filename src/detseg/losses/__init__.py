@@ -5,6 +5,7 @@ from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
 from detseg.losses.smooth_l1 import SmoothL1
+from detseg.losses.softmax import SoftmaxLoss, softmax_loss
 
 __all__ = [
     "CIoULoss",
@@ -14,9 +15,11 @@ __all__ = [
     "IoULoss",
     "SegmentationLoss",
     "SmoothL1",
+    "SoftmaxLoss",
     "cross_entropy",
     "dice_loss",
     "dice_scores",
     "focal_loss",
     "separation_weights",
+    "softmax_loss",
 ]
