@@ -1,7 +1,10 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
+from detseg.nn.atrous_vgg import AtrousVGG16
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.extra_levels import BackboneWithExtras
 from detseg.nn.fpn import BackboneWithFPN
+from detseg.nn.mobile import MobileNetV3
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from detseg.nn.tiny import TinyBackbone
@@ -10,9 +13,12 @@ from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AtrousVGG16",
     "Backbone",
+    "BackboneWithExtras",
     "BackboneWithFPN",
     "CheckpointMismatch",
+    "MobileNetV3",
     "Normalize",
     "TimmBackbone",
     "TinyBackbone",
