@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from detseg.models.rcnn import RCNN
     from detseg.models.retinanet import RetinaNet
     from detseg.models.spp_net import SPPNet
+    from detseg.models.ssd import SSD
+    from detseg.models.ssdlite import SSDLite
     from detseg.models.unet import BackboneUNet, UNet
 
 _HOMES = {
@@ -30,6 +32,8 @@ _HOMES = {
     "RCNN": "rcnn",
     "RetinaNet": "retinanet",
     "SPPNet": "spp_net",
+    "SSD": "ssd",
+    "SSDLite": "ssdlite",
     "Segmenter": "contract",
     "UNet": "unet",
 }
@@ -38,6 +42,7 @@ _HOMES = {
 __all__ = [
     "FCOS",
     "RCNN",
+    "SSD",
     "BackboneUNet",
     "CascadeRCNN",
     "Detector",
@@ -47,6 +52,7 @@ __all__ = [
     "ModelCard",
     "RetinaNet",
     "SPPNet",
+    "SSDLite",
     "Segmenter",
     "UNet",
     "available",
