@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models.detection import ssd300_vgg16
 
+from detseg.config import instantiate, load_config
 from detseg.models.ssd import SSD, SSDHead
-from detseg.nn import AtrousVGG16, BackboneWithExtras, CheckpointMismatch, TinyBackbone
+from detseg.nn import AtrousVGG16, Backbone, BackboneWithExtras, CheckpointMismatch, TinyBackbone
 from detseg.structures import Target
 from detseg.targets.default_boxes import DefaultBoxes
+from detseg.targets.lattice import build_lattice
 from detseg.targets.samplers import HardNegativeMining
 from ssd_oracle import liven, objects, torchvision_losses, torchvision_outputs
 
@@ -87,6 +90,39 @@ def test_published_weights_bring_their_mean_and_pick_real_classes(tmp_path) -> N
     assert_close(ours.normalize.mean, torch.tensor([0.48235, 0.45882, 0.40784]))
     with pytest.raises(CheckpointMismatch, match=r"91 classes \(background included\), the model 5"):
         ssd300(5, tmp_path / "a.pth")
+
+
+class Maps(Backbone):
+    """Two maps of the size that a body would give."""
+
+    def __init__(self, strides: list[int]) -> None:
+        super().__init__()
+        self.channels, self.strides = [2, 2], strides
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images.new_zeros(1, 2, *(-(-side // stride) for side in images.shape[2:])) for stride in self.strides]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "total", "cells"),
+    [
+        ("ssd300", 300, 8732, [38, 19, 10, 5, 3, 1]),
+        ("ssd512", 512, 24564, [64, 32, 16, 8, 4, 2, 1]),
+        ("ssdlite", 320, 3234, [20, 10, 5, 3, 2, 1]),
+    ],
+)
+def test_the_configs_lay_the_papers_default_boxes(name: str, size: int, total: int, cells: list[int]) -> None:
+    section = OmegaConf.to_container(load_config(f"model={name}").model)
+    extra, kind = section["backbone"]["extra"], section["backbone"]["kind"]
+    body = Maps([16, 32] if name == "ssdlite" else [8, 16])
+    levels = BackboneWithExtras(backbone=body, extra=[[2, *row[1:]] for row in extra], kind=kind).eval()
+    found = tuple(tuple(level.shape[2:]) for level in levels(torch.zeros(1, 3, size, size)))
+    assert found == tuple((count, count) for count in cells)
+    boxes = instantiate(section["default_boxes"], path="default_boxes")
+    lattice = build_lattice(boxes, found, tuple(boxes.strides((size, size), found)), "cpu")
+    assert lattice.total == total
+    middles = (lattice.boxes[:, :2] + lattice.boxes[:, 2:]) / 2
+    assert float(middles.amin()) > 0 and float(middles.amax()) < size + 8
 
 
 def small(num_classes: int = 2, least: int = 0, **arguments) -> SSD:
