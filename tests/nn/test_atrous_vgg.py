@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision.models.vgg import cfgs, make_layers
 
-from detseg.nn import AtrousVGG16
+from detseg.nn import AtrousVGG16, CheckpointMismatch
 
 
 def test_maps_are_those_of_the_paper() -> None:
@@ -13,6 +17,22 @@ def test_maps_are_those_of_the_paper() -> None:
     with torch.no_grad():
         fine, coarse = body(torch.rand(1, 3, 76, 44))
     assert tuple(fine.shape) == (1, 512, 10, 6) and tuple(coarse.shape) == (1, 1024, 5, 3)  # pool3 rounds up
+
+
+def test_a_file_of_vgg16_fills_the_layers_up_to_conv5_3(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    features = make_layers(cfgs["D"]).eval()
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, tmp_path / "vgg.pth")
+    body = AtrousVGG16(weights=tmp_path / "vgg.pth").eval()
+    images = torch.rand(1, 3, 64, 32)  # of a size that pool3 need not round
+    with torch.no_grad():
+        conv4, conv5 = features[:23](images), features[:30](images)
+        fine, coarse = body(images)
+    assert_close(fine, conv4, rtol=1e-4, atol=1e-6)
+    assert_close(coarse, body.fc(conv5), rtol=1e-4, atol=1e-6)
+    with pytest.raises(CheckpointMismatch, match=r"features\.0\.weight"):
+        torch.save({"features.0.bias": torch.zeros(64)}, tmp_path / "part.pth")
+        AtrousVGG16(weights=tmp_path / "part.pth")
 
 
 def test_frozen_stages_hold_the_first_blocks() -> None:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from detseg.nn.backbone import TorchvisionBackbone, is_file
-from detseg.nn.weights import read_state
+from detseg.nn.backbone import TorchvisionBackbone, published_weights
+from detseg.nn.weights import load_weights
 
 POOL3 = "16"
 """Name of the third pooling among torchvision's layers."""
@@ -46,17 +45,19 @@ class AtrousVGG16(TorchvisionBackbone):
         self.fc = nn.Sequential(pool5, six, nn.ReLU(inplace=True), seven, nn.ReLU(inplace=True))
         self.channels[-1] = 1024
         if weights is not None:
-            self.thin_out(_published(weights))
+            self.thin_out(published_weights("vgg16", weights)[0])
 
     def _load(self, name: str, weights: str | Path | None) -> Any:
-        if weights is not None:
-            return super()._load(name, weights)
         network, features = nn.Module(), make_layers(cfgs["D"])  # drawing the fully connected layers takes seconds
         network.features = features
         for layer in features.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has a bias
+        if weights is not None:
+            state, mean, std = published_weights(name, weights)
+            self.mean, self.std = mean or self.mean, std or self.std
+            load_weights(network, state, drop_head=True, source=f"{name} {weights}")
         return network
 
     @torch.no_grad()
@@ -81,11 +82,3 @@ class AtrousVGG16(TorchvisionBackbone):
         """Return conv4_3 ``(B, 512, H / 8, W / 8)`` and fc7 ``(B, 1024, H / 16, W / 16)``."""
         conv4, conv5 = super().forward(images)
         return [conv4, self.fc(conv5)]
-
-
-def _published(weights: str | Path) -> dict[str, Tensor]:
-    if is_file(weights):
-        return read_state(weights)
-    enum: Any = torchvision.models.get_model_weights("vgg16")
-    state: dict[str, Tensor] = enum["DEFAULT" if weights == "default" else str(weights)].get_state_dict()
-    return state

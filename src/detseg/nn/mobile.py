@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from detseg.nn.backbone import Backbone, is_file
+from detseg.nn.backbone import Backbone, published_weights
 from detseg.nn.norm import freeze_batch_norm
-from detseg.nn.weights import load_weights, read_state
+from detseg.nn.weights import load_weights
 
 NORM_EPS = 1e-3
 """Added to the variance by the batch norms of mobile networks."""
@@ -53,7 +52,7 @@ class MobileNetV3(Backbone):
         draw_normal(network.features)
         network.classifier = nn.Identity()
         if weights is not None:
-            state, mean, std = _published(weights)
+            state, mean, std = published_weights("mobilenet_v3_large", weights)
             self.mean, self.std = mean or self.mean, std or self.std
             load_weights(network, state, drop_head=True, source=f"mobilenet_v3_large {weights}")
         layers = network.features
@@ -110,13 +109,3 @@ def draw_normal(module: nn.Module, std: float = 0.03) -> None:
             nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-
-
-def _published(weights: str | Path) -> tuple[dict[str, Tensor], list[float] | None, list[float] | None]:
-    """Return the state dict, and the mean and standard deviation of images where torchvision knows them."""
-    if is_file(weights):
-        return read_state(weights), None, None
-    enum: Any = torchvision.models.get_model_weights("mobilenet_v3_large")
-    chosen = enum["DEFAULT" if weights == "default" else str(weights)]
-    transforms = chosen.transforms()
-    return chosen.get_state_dict(), list(transforms.mean), list(transforms.std)
