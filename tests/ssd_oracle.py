@@ -9,21 +9,36 @@ from detseg.structures import Target
 
 
 @torch.no_grad()
-def liven(theirs: nn.Module, images: Tensor) -> None:
-    """Make the model say something: norms know these images, logits and box deltas spread on every level."""
+def liven(theirs: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Make the model say something: norms know these images, logits and box deltas spread on every level.
+
+    Return the levels.
+    """
     norms = [(module, module.momentum) for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)]
+    batch, _ = theirs.transform(list(images))
     for norm, _ in norms:
         norm.train().momentum = 1.0
-    batch, _ = theirs.transform(list(images))
-    levels = list(theirs.backbone(batch.tensors).values())
-    theirs.head(levels)
+    if norms:
+        theirs.head(list(theirs.backbone(batch.tensors).values()))
     for norm, momentum in norms:
         norm.eval().momentum = momentum
-    levels = list(theirs.backbone(batch.tensors).values())
+    levels = theirs.backbone(batch.tensors)
     for head, spread in ((theirs.head.classification_head, 1.5), (theirs.head.regression_head, 0.5)):
-        for predictor, level in zip(head.module_list, levels, strict=True):
+        for predictor, level in zip(head.module_list, levels.values(), strict=True):
             layer = predictor if isinstance(predictor, nn.Conv2d) else predictor[-1]
             layer.weight *= spread / float(predictor(level).std())
+    return levels
+
+
+class Given(nn.Module):
+    """In place of a body that has run on the same images before."""
+
+    def __init__(self, levels: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.levels
 
 
 def objects(count: int, size: int, *, empty: int | None = None) -> list[Target]:
@@ -49,6 +64,5 @@ def torchvision_losses(theirs: nn.Module, images: Tensor, targets: list[Target])
 
 def torchvision_outputs(theirs: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits ``(B, N, K + 1)`` and deltas ``(B, N, 4)``."""
-    batch, _ = theirs.transform(list(images))
-    found = theirs.head(list(theirs.backbone(batch.tensors).values()))
+    found = theirs.head(list(theirs.backbone(images).values()))
     return found["cls_logits"], found["bbox_regression"]
