@@ -1,6 +1,6 @@
 """The history of two-stage detectors, measured in one run: R-CNN, SPP-net, Fast R-CNN, Faster R-CNN and what followed.
 
-    python benchmarks/history_two_stage.py                        # train and measure all on Orchard: an hour on two cores
+    python benchmarks/history_two_stage.py                        # train and measure all on Orchard: about an hour
     python benchmarks/history_two_stage.py --data bccd --systems fast_rcnn faster_rcnn
     python benchmarks/history_two_stage.py --runs runs/history/X  # trained before: only measure what is there
     python benchmarks/history_two_stage.py --scale                # VGG-16, 2,000 proposals, 600 x 800: timing only

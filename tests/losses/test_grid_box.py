@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from detseg.losses import GridBoxLoss, LogisticLoss, SoftmaxLoss
+from detseg.losses import ClassSoftmaxLoss, GridBoxLoss, LogisticLoss
 
 
 def test_squared_by_hand() -> None:
@@ -29,7 +29,7 @@ def test_classes_equal_torchs_losses_row_by_row() -> None:
     softmax = sum(
         w * F.cross_entropy(row[None], label[None]) for w, row, label in zip(weights, logits, labels, strict=True)
     )
-    assert_close(SoftmaxLoss()(logits, labels, weights), softmax)
+    assert_close(ClassSoftmaxLoss()(logits, labels, weights), softmax)
     one_hot = torch.eye(3)[labels]
     logistic = F.binary_cross_entropy_with_logits(logits, one_hot, weights[:, None].expand(5, 3), reduction="sum")
     assert_close(LogisticLoss()(logits, labels, weights), logistic)
@@ -44,8 +44,8 @@ def test_no_boxes_keep_the_graph(loss: GridBoxLoss) -> None:
     assert value.item() == 0 and numbers.grad is not None
 
 
-@pytest.mark.parametrize("loss", [SoftmaxLoss(), LogisticLoss()])
-def test_no_rows_and_one_class(loss: SoftmaxLoss | LogisticLoss) -> None:
+@pytest.mark.parametrize("loss", [ClassSoftmaxLoss(), LogisticLoss()])
+def test_no_rows_and_one_class(loss: ClassSoftmaxLoss | LogisticLoss) -> None:
     labels = torch.zeros(0, dtype=torch.int64)
     assert loss(torch.zeros((0, 1)), labels, torch.zeros(0)).item() == 0
     assert bool(loss(torch.randn(2, 1), torch.zeros(2, dtype=torch.int64)).isfinite())

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from assignment_oracle import ANCHORS, POINTS, lattice_of
-from detseg.targets.lattice import expand_ranges, expand_windows, pick_best, within
+from detseg.targets.lattice import build_lattice, expand_ranges, expand_windows, pick_best, within
 
 
 def test_ranges_are_listed_in_order_and_empty_ones_vanish() -> None:
@@ -59,3 +59,11 @@ def test_a_size_is_laid_once_and_not_in_inference_mode() -> None:
         lattice = lattice_of(POINTS, 64, 32)
     assert lattice is lattice_of(POINTS, 64, 32)
     assert not lattice.boxes.is_inference() and not lattice.shapes.base.is_inference()
+
+
+def test_cells_may_lie_between_pixels() -> None:
+    whole = build_lattice(POINTS, ((4, 4),) * 5, ((8, 8),) * 5, "cpu")
+    assert whole.shapes.stride_x.dtype == torch.int64
+    between = build_lattice(POINTS, ((4, 4),) * 5, ((8, 10.5),) * 5, "cpu")
+    assert between.shapes.stride_x.tolist() == [10.5] * 5 and between.shapes.stride_y.tolist() == [8] * 5
+    assert between.boxes[3].tolist() == [31.5 - 4, -4, 31.5 + 4, 4]

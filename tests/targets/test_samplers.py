@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from detseg.targets.samplers import BalancedSampler, HardSampler
+from detseg.targets.samplers import BalancedSampler, HardNegativeMining, HardSampler
 
 
 @pytest.mark.parametrize("size, fraction", [(16, 0.5), (64, 0.25), (1000, 0.5), (16, 0.0)])
@@ -66,3 +66,43 @@ def test_all_but_the_ignored_may_be_hard() -> None:
         HardSampler(size=0)
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         HardSampler(size=1, threshold=1.5)
+
+
+def mined_slowly(losses: torch.Tensor, matched: torch.Tensor, ratio: float, least: int) -> list[list[int]]:
+    """Image by image, background by background."""
+    found = []
+    for row, match in zip(losses.tolist(), matched.tolist(), strict=True):
+        background = [index for index, value in enumerate(match) if value == -1]
+        wanted = max(ratio * sum(value >= 0 for value in match), least)
+        hardest = sorted(background, key=lambda index: -row[index])  # stable
+        found.append(sorted(index for rank, index in enumerate(hardest) if rank < wanted))
+    return found
+
+
+@pytest.mark.parametrize("ratio, least", [(3.0, 0), (0.5, 4), (1.5, 0), (1000.0, 0), (0.0, 7)])
+def test_mined_background_is_that_of_a_slow_twin(ratio: float, least: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for positives in (0.0, 0.02, 0.9):
+        draw = torch.rand((4, 60), generator=generator)
+        matched = torch.where(draw < positives, 3, torch.where(draw > 0.9, -2, -1))
+        losses = (torch.rand((4, 60), generator=generator) * 8).round()  # many are equal
+        found = HardNegativeMining(ratio=ratio, least=least)(losses, matched)
+        assert [row.nonzero().flatten().tolist() for row in found] == mined_slowly(losses, matched, ratio, least)
+
+
+def test_mining_by_hand() -> None:
+    losses = torch.tensor([[9.0, 1, 5, 3, 4, 8], [7, 6, 5, 4, 3, 2]])
+    matched = torch.tensor([[0, -1, -1, -1, -1, -2], [-1] * 6])
+    one = HardNegativeMining(ratio=2.0)(losses, matched)
+    assert one.tolist() == [[False, False, True, False, True, False], [False] * 6]
+    least = HardNegativeMining(ratio=2.0, least=1)(losses, matched)
+    assert least[0].tolist() == one[0].tolist() and least[1].tolist() == [True] + [False] * 5
+    losses[0, 1] = torch.nan
+    assert HardNegativeMining(ratio=1.0)(losses, matched)[0].nonzero().flatten().tolist() == [1]
+
+
+def test_mining_that_learns_no_background_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ratio is 0\.0 and least 0"):
+        HardNegativeMining(ratio=0.0)
+    with pytest.raises(ValueError, match=r"ratio is -1\.0"):
+        HardNegativeMining(ratio=-1.0, least=3)

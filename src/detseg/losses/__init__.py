@@ -1,17 +1,19 @@
 """Losses: a pure function each, and thin classes that are constructor arguments of the models."""
 
 from detseg.losses.focal import FocalLoss, focal_loss
-from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, SoftmaxLoss
+from detseg.losses.grid_box import ClassSoftmaxLoss, GridBoxLoss, LogisticLoss
 from detseg.losses.grouping import GroupingLoss, pull_loss, push_loss
 from detseg.losses.heatmap import HeatmapFocalLoss, heatmap_focal_loss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
 from detseg.losses.smooth_l1 import SmoothL1
+from detseg.losses.softmax import SoftmaxLoss, softmax_loss
 from detseg.losses.squared import SquaredError
 
 __all__ = [
     "CIoULoss",
+    "ClassSoftmaxLoss",
     "DIoULoss",
     "FocalLoss",
     "GIoULoss",
@@ -32,4 +34,5 @@ __all__ = [
     "pull_loss",
     "push_loss",
     "separation_weights",
+    "softmax_loss",
 ]

@@ -48,7 +48,7 @@ class GridBoxLoss(nn.Module):
         return _total((place + growth).sum(dim=1), weights)
 
 
-class SoftmaxLoss(nn.Module):
+class ClassSoftmaxLoss(nn.Module):
     """The summed cross entropy of a softmax over classes that exclude each other."""
 
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from detseg.models.rcnn import RCNN
     from detseg.models.retinanet import RetinaNet
     from detseg.models.spp_net import SPPNet
+    from detseg.models.ssd import SSD
+    from detseg.models.ssdlite import SSDLite
     from detseg.models.unet import BackboneUNet, UNet
     from detseg.models.yolo_v1 import YOLOv1
     from detseg.models.yolo_v2 import YOLOv2
@@ -39,6 +41,8 @@ _HOMES = {
     "RCNN": "rcnn",
     "RetinaNet": "retinanet",
     "SPPNet": "spp_net",
+    "SSD": "ssd",
+    "SSDLite": "ssdlite",
     "Segmenter": "contract",
     "UNet": "unet",
     "YOLOv1": "yolo_v1",
@@ -50,6 +54,7 @@ _HOMES = {
 __all__ = [
     "FCOS",
     "RCNN",
+    "SSD",
     "BackboneUNet",
     "CascadeRCNN",
     "CenterNet",
@@ -62,6 +67,7 @@ __all__ = [
     "ModelCard",
     "RetinaNet",
     "SPPNet",
+    "SSDLite",
     "Segmenter",
     "UNet",
     "YOLOv1",

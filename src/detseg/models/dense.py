@@ -25,7 +25,6 @@ from detseg.nn.backbone import Backbone
 from detseg.nn.normalize import Normalize
 from detseg.ops.nms import Suppression, suppress_per_image
 from detseg.structures import Detections, Target
-from detseg.targets.anchors import grid_strides
 from detseg.targets.crowds import inside_crowd, learnable
 from detseg.targets.lattice import Lattice, References, build_lattice
 from detseg.targets.matchers import BETWEEN
@@ -78,7 +77,7 @@ class DenseOutputs:
     """What the network says about every reference.
 
     Attributes:
-        logits: ``(B, N, K)`` of the classes.
+        logits: ``(B, N, K)`` of the classes; ``(B, N, K + 1)``, background first, where a softmax reads them (SSD).
         regression: ``(B, N, 4)``, in the coder's terms.
         quality: ``(B, N)`` logits of how good a box is, such as FCOS's centreness, or ``None``.
         references: lays the references over the levels.
@@ -96,7 +95,7 @@ class DenseOutputs:
     @property
     def lattice(self) -> Lattice:
         """The references of one image; laid when asked for, so that an export of ``forward`` has the network alone."""
-        strides = tuple(grid_strides(self.image_size, self.feature_sizes))
+        strides = tuple(self.references.strides(self.image_size, self.feature_sizes))
         return build_lattice(self.references, self.feature_sizes, strides, self.logits.device)
 
 
@@ -137,13 +136,14 @@ class DenseDetector(nn.Module, ABC):
         references: lays anchors, or squares around points, over the levels.
         assigner: says which object each reference learns.
         coder: of boxes.
-        classification_loss: of all references.
+        classification_loss: of all references; called with logits ``(B * N, K)``, labels ``(B * N,)`` and weights
+            ``(B * N,)`` for a scalar, where ``classification_term`` does not say otherwise.
         box_loss: of the positive ones.
         nms: of the detections of one image.
         per_image: divide the losses of an image by its own positives and average, as torchvision's RetinaNet does;
             else divide by those of the batch (over all ranks).
         score_threshold: detections must score higher, in [0, 1).
-        top_k: how many candidates per level go to NMS.
+        top_k: how many candidates per level (in SSD: per class) go to NMS.
         max_detections: how many detections per image stay.
     """
 
@@ -193,12 +193,17 @@ class DenseDetector(nn.Module, ABC):
     def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
         """Return ``loss_classification`` and the terms of the paper's ``box_terms``, scalars; see ``Detector.loss``."""
         assignment = self.assign(outputs, targets)
+        terms = {"loss_classification": self.classification_term(outputs, assignment)}
+        return terms | self.box_terms(outputs, assignment)
+
+    def classification_term(self, outputs: DenseOutputs, assignment: Assignment) -> Tensor:
+        """Return the scalar loss of the classes, of every reference that is not ignored."""
         weights = assignment.scale[:, None].expand_as(assignment.matched)  # (B, N)
         if bool((assignment.matched == BETWEEN).any()):
             weights = weights.masked_fill(assignment.matched == BETWEEN, 0.0)
         logits = outputs.logits.flatten(0, 1)  # (B * N, K)
-        terms = {"loss_classification": self.classification_loss(logits, assignment.labels, weights.flatten())}
-        return terms | self.box_terms(outputs, assignment)
+        loss: Tensor = self.classification_loss(logits, assignment.labels, weights.flatten())
+        return loss
 
     @abstractmethod
     def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
@@ -239,7 +244,7 @@ class DenseDetector(nn.Module, ABC):
     def predict(self, outputs: DenseOutputs, sizes: Tensor) -> list[Detections]:
         """Return detections per image, best first, clipped to ``sizes`` (B, 2); see ``Detector.predict``."""
         lattice = outputs.lattice
-        image, reference, label, score = self._candidates(outputs)  # (C,) each
+        image, reference, label, score = self.candidates(outputs)  # (C,) each
         regression = outputs.regression[image, reference].float()  # (C, 4)
         boxes = self.decode(regression, reference, lattice)  # (C, 4)
         return suppress_per_image(boxes, score, label, image, sizes, nms=self.nms, most=self.max_detections)
@@ -252,8 +257,8 @@ class DenseDetector(nn.Module, ABC):
         """Return the scores ``(C,)`` of candidates from their class and quality logits ``(C,)``."""
         return logits.sigmoid() if quality is None else (logits.sigmoid() * quality.sigmoid()).sqrt()
 
-    def _candidates(self, outputs: DenseOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return image, reference, label and score of the ``top_k`` best above the threshold on every level.
+    def candidates(self, outputs: DenseOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return image, reference, label and score ``(C,)`` of the ``top_k`` best above the threshold on every level.
 
         The images stand in order. Only logits that can reach the threshold go through a sigmoid.
         """

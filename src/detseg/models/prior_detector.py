@@ -164,7 +164,7 @@ class PriorDetector(DenseDetector):
         """Return boxes ``(C, 4)`` xyxy pixels; the coder asks for the size of a cell too."""
         return self.coder.decode(regression, lattice.boxes[reference], prior_strides(lattice)[reference])
 
-    def _candidates(self, outputs: DenseOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def candidates(self, outputs: DenseOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return image, prior, label and score of the ``top_k`` best above the threshold on every level.
 
         No score exceeds its objectness, so that of few priors the classes are looked at.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detseg.losses.grid_box import GridBoxLoss, SoftmaxLoss
+from detseg.losses.grid_box import ClassSoftmaxLoss, GridBoxLoss
 from detseg.models.dense import Assignment, BoxLoss, ClassificationLoss, DenseOutputs, flat_boxes
 from detseg.models.prior_detector import PriorDetector
 from detseg.nn.backbone import Backbone
@@ -76,7 +76,7 @@ class YOLOv2(PriorDetector):
             objectness=0.0,  # squares behind a sigmoid have no slope at small probabilities
             assigner=PriorAssigner(ignore=None),
             coder=coder or GridCoder(),
-            classification_loss=classification_loss or SoftmaxLoss(),
+            classification_loss=classification_loss or ClassSoftmaxLoss(),
             box_loss=box_loss or GridBoxLoss(offset="squared"),
             box_weight=box_weight,
             class_weight=class_weight,

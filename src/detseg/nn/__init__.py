@@ -1,12 +1,15 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
 from detseg.nn.aggregation import DeepAggregation
+from detseg.nn.atrous_vgg import AtrousVGG16
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
 from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
 from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
 from detseg.nn.deconv import DeconvBackbone
+from detseg.nn.extra_levels import BackboneWithExtras
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.hourglass import StackedHourglass
+from detseg.nn.mobile import MobileNetV3
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from detseg.nn.tiny import TinyBackbone
@@ -15,8 +18,10 @@ from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AtrousVGG16",
     "Backbone",
     "BackboneWithConcat",
+    "BackboneWithExtras",
     "BackboneWithFPN",
     "BackboneWithPassthrough",
     "CheckpointMismatch",
@@ -24,6 +29,7 @@ __all__ = [
     "Darknet53",
     "DeconvBackbone",
     "DeepAggregation",
+    "MobileNetV3",
     "Normalize",
     "StackedHourglass",
     "TimmBackbone",

@@ -193,6 +193,23 @@ def is_file(weights: str | Path | None) -> bool:
     return weights is not None and (isinstance(weights, Path) or str(weights).endswith(FILE_SUFFIXES) or "/" in weights)
 
 
+def published_weights(
+    name: str, weights: str | Path
+) -> tuple[dict[str, Tensor], list[float] | None, list[float] | None]:
+    """Return a state dict, and with which mean and standard deviation its images were normalised, where that is known.
+
+    Args:
+        name: of ``torchvision.models``.
+        weights: ``default`` or a name of torchvision's (both download), or the path of a state dict.
+    """
+    if is_file(weights):
+        return read_state(weights), None, None
+    enum: Any = torchvision.models.get_model_weights(name)
+    chosen = enum["DEFAULT" if weights == "default" else str(weights)]
+    transforms = chosen.transforms()
+    return chosen.get_state_dict(progress=False, check_hash=True), list(transforms.mean), list(transforms.std)
+
+
 def _load_timm(network: nn.Module, name: str, weights: str | Path) -> None:
     """Hold a state dict against the whole network, where every difference shows, then fill its cut form.
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Stride = int | tuple[int, int]
+Stride = float | tuple[float, float]
 """Pixels between neighbouring cells: one number, or (vertical, horizontal)."""
 
 
@@ -46,6 +46,12 @@ class AnchorGenerator:
     def num_anchors(self) -> list[int]:
         """Return A, the anchors per cell, of each level."""
         return [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.ratios, strict=True)]
+
+    def strides(
+        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[float, float]]:
+        """Return the strides (vertical, horizontal) of each level; see ``grid_strides``."""
+        return [*grid_strides(image_size, feature_sizes)]
 
     def __call__(
         self,
@@ -101,7 +107,7 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
 @lru_cache(maxsize=128)
 def _grid(
     size: tuple[int, int],
-    stride: tuple[int, int],
+    stride: tuple[float, float],
     sizes: tuple[float, ...],
     ratios: tuple[float, ...],
     device: torch.device | str,

@@ -18,6 +18,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+Spacing = tuple[float, float]
+"""Pixels between neighbouring cells, (vertical, horizontal)."""
+
 
 class Shapes(NamedTuple):
     """One row per shape of a lattice, all ``(S,)`` but ``base``.
@@ -46,8 +49,12 @@ class Shapes(NamedTuple):
 class References(Protocol):
     """Anything that lays reference boxes over a pyramid, such as an ``AnchorGenerator``."""
 
+    def strides(self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]) -> list[Spacing]:
+        """Return how far the cells of each level lie apart in pixels, given the padded image and its levels."""
+        ...
+
     def __call__(
-        self, feature_sizes: Sequence[tuple[int, int]], strides: Sequence[tuple[int, int]], device: torch.device | str
+        self, feature_sizes: Sequence[tuple[int, int]], strides: Sequence[Spacing], device: torch.device | str
     ) -> list[Tensor]:
         """Return ``(H * W * A, 4)`` xyxy pixels per level, by row, column, shape; cells are ``strides`` apart."""
         ...
@@ -82,7 +89,7 @@ class Lattice:
 def build_lattice(
     references: References,
     feature_sizes: tuple[tuple[int, int], ...],
-    strides: tuple[tuple[int, int], ...],
+    strides: tuple[Spacing, ...],
     device: torch.device | str,
 ) -> Lattice:
     """Return the lattice of one image size; it is built once and shared, so never change its tensors in place.
@@ -101,7 +108,7 @@ def build_lattice(
 def _build(
     references: References,
     feature_sizes: tuple[tuple[int, int], ...],
-    strides: tuple[tuple[int, int], ...],
+    strides: tuple[Spacing, ...],
     device: torch.device | str,
 ) -> Lattice:
     # A tensor born in inference mode may not be saved for backward, and this one outlives the mode.
@@ -112,7 +119,7 @@ def _build(
         for level, ((h, w), (sy, sx), base) in enumerate(zip(feature_sizes, strides, bases, strict=True)):
             rows += [(sy, sx, h, w, first + a, len(base), level) for a in range(len(base))]
             first += h * w * len(base)
-        columns = torch.tensor(rows, device=device).t().contiguous().unbind(0)  # 7 x (S,)
+        columns = [torch.tensor(column, device=device) for column in zip(*rows, strict=True)]  # 7 x (S,)
         return Lattice(torch.cat(levels), [len(level) for level in levels], Shapes(torch.cat(bases), *columns))
 
 

@@ -1,11 +1,12 @@
-"""Mini-batches of anchors or regions: at random with a fixed share of positives, or the hardest.
+"""Which anchors or regions teach: some at random with a fixed share of positives, the hardest, the hardest background.
 
 The first is that of `"Faster R-CNN" <https://arxiv.org/abs/1506.01497>`_, section 3.1.3, and `"Fast R-CNN"
 <https://arxiv.org/abs/1504.08083>`_, section 2.3; it draws in torchvision's order, so that one seed gives both the same
 samples. The second is that of `"Training Region-based Object Detectors with Online Hard Example Mining"
-<https://arxiv.org/abs/1604.03540>`_, section 4.
+<https://arxiv.org/abs/1604.03540>`_, section 4. The third is that of `"SSD: Single Shot MultiBox Detector"
+<https://arxiv.org/abs/1512.02325>`_, section 2.2; differing from it, images without objects may have background too.
 
-Letters: N anchors or regions of one image, S of them chosen.
+Letters: B images, N anchors or regions of one image, S of them chosen.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from detseg.ops.nms import BatchedNMS
+from detseg.targets.matchers import BELOW
 
 
 class Sampler(Protocol):
@@ -99,6 +101,44 @@ class HardSampler:
 
     def __repr__(self) -> str:
         return f"HardSampler(size={self.size}, threshold={self.nms.threshold})"
+
+
+class HardNegativeMining:
+    """Keep of every image the background whose loss is largest, in proportion to its positives.
+
+    Args:
+        ratio: background anchors per positive one.
+        least: of an image, even where it has no positive: 0 in the paper, so that images without objects teach nothing.
+
+    Raises:
+        ValueError: ``ratio`` or ``least`` is negative, or both are 0.
+    """
+
+    def __init__(self, *, ratio: float = 3.0, least: int = 0) -> None:
+        if min(ratio, least) < 0 or ratio + least == 0:
+            raise ValueError(
+                f"HardNegativeMining: ratio is {ratio} and least {least}; neither may be negative, and one must be "
+                "above 0, or no background is learnt"
+            )
+        self.ratio = ratio
+        self.least = least
+
+    def __call__(self, losses: Tensor, matched: Tensor) -> Tensor:
+        """Return which background anchors teach, ``(B, N)`` bool; of equal losses the earlier comes first.
+
+        Args:
+            losses: ``(B, N)``; NaN counts as the hardest, so that it is seen.
+            matched: ``(B, N)`` int64: >= 0 positive, ``BELOW`` (-1) background, lower ones never chosen.
+        """
+        background = matched == BELOW  # (B, N)
+        hardness = losses.detach().masked_fill(~background, -torch.inf)  # (B, N)
+        order = hardness.argsort(dim=1, descending=True, stable=True)  # (B, N)
+        wanted = (self.ratio * (matched >= 0).sum(dim=1, keepdim=True)).clamp(min=self.least)  # (B, 1)
+        first = torch.arange(losses.shape[1], device=losses.device) < wanted  # (B, N), by rank
+        return torch.zeros_like(background).scatter_(1, order, first) & background  # too few: no others instead
+
+    def __repr__(self) -> str:
+        return f"HardNegativeMining(ratio={self.ratio}, least={self.least})"
 
 
 def _draw(indices: Tensor, count: int) -> Tensor:

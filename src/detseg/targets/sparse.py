@@ -23,7 +23,7 @@ _RELATIVE_SLACK = 1e-3  # of an IoU bound: windows may be a little wide, never n
 _PIXEL_SLACK = 0.01  # of a window's side, against rounding of coordinates up to about 1e5 pixels
 
 
-class _Candidates(NamedTuple):
+class Candidates(NamedTuple):
     """(box, anchor) pairs that may matter.
 
     Attributes:
@@ -36,9 +36,9 @@ class _Candidates(NamedTuple):
     cell: Tensor
     iou: Tensor
 
-    def take(self, index: Tensor) -> _Candidates:
+    def take(self, index: Tensor) -> Candidates:
         """Return some of them."""
-        return _Candidates(self.box[index], self.cell[index], self.iou[index])
+        return Candidates(self.box[index], self.cell[index], self.iou[index])
 
 
 class SparseIoUMatcher:
@@ -80,7 +80,7 @@ class SparseIoUMatcher:
         matched = boxes.new_full((batch * lattice.total,), BELOW, dtype=torch.int64)
         if len(boxes) == 0:
             return matched.view(batch, -1)
-        found = self._candidates(boxes, image, lattice)
+        found = self.candidates(boxes, image, lattice)
         near = found.take((found.iou >= self.negative).nonzero()[:, 0])
         wins = pick_best(near.cell, near.iou, near.box, len(matched)).nonzero()[:, 0]  # (W,)
         positive = near.iou[wins] >= self.positive
@@ -90,7 +90,8 @@ class SparseIoUMatcher:
             matched[cells] = owners
         return matched.view(batch, -1)
 
-    def _candidates(self, boxes: Tensor, image: Tensor, lattice: Lattice) -> _Candidates:
+    def candidates(self, boxes: Tensor, image: Tensor, lattice: Lattice) -> Candidates:
+        """Return every pair whose IoU reaches the negative threshold or, with low quality, the best one of its box."""
         bound = self.negative * torch.ones_like(boxes[:, :1])  # (G, 1)
         if self.allow_low_quality:
             best = _best_iou(boxes, lattice)  # (G, 1)
@@ -99,7 +100,7 @@ class SparseIoUMatcher:
         return _overlaps(boxes, image, box, shape, windows, lattice)
 
     def _low_quality(
-        self, found: _Candidates, boxes: Tensor, image: Tensor, batch: int, lattice: Lattice
+        self, found: Candidates, boxes: Tensor, image: Tensor, batch: int, lattice: Lattice
     ) -> tuple[Tensor, Tensor]:
         """Return the best anchors of every box ``(Q,)``, and for each of them the best box ``(Q,)``."""
         best = found.iou.new_zeros(len(boxes)).scatter_reduce_(0, found.box, found.iou, "amax")  # (G,)
@@ -164,7 +165,7 @@ def _windows(boxes: Tensor, bound: Tensor, lattice: Lattice) -> tuple[Tensor, Te
 
 def _overlaps(
     boxes: Tensor, image: Tensor, box: Tensor, shape: Tensor, windows: Windows, lattice: Lattice
-) -> _Candidates:
+) -> Candidates:
     """Compute the IoU of every candidate; widths and heights of the overlaps once per column and row entry."""
     shapes = lattice.shapes
     sides = []
@@ -182,7 +183,7 @@ def _overlaps(
     row_start = (image[box] * lattice.total + shapes.first[shape])[windows.row_owner]  # (Pr,)
     row_start = row_start + windows.row * (shapes.cols * shapes.step)[shape][windows.row_owner]  # (Pr,)
     col_start = windows.col * shapes.step[shape][windows.col_owner]  # (Pc,)
-    return _Candidates(box[pair], row_start[windows.row_entry] + col_start[windows.col_entry], iou)
+    return Candidates(box[pair], row_start[windows.row_entry] + col_start[windows.col_entry], iou)
 
 
 def _shape_area(lattice: Lattice) -> Tensor:
