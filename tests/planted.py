@@ -48,11 +48,17 @@ class Planted(SampleDataset):
         self.count, self.masks, self.proposals, self.semantic = count, masks, proposals, semantic
         self.class_names = [str(label) for label in range(count * PER_IMAGE)]
         self.category_ids = list(range(count * PER_IMAGE))
+        self._drawn: dict[int, Sample] = {}
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
+        if index not in self._drawn:
+            self._drawn[index] = self._draw(index)
+        return self._drawn[index]
+
+    def _draw(self, index: int) -> Sample:
         height, width = SIZES[index % len(SIZES)]
         rng = np.random.default_rng(index)
         image = torch.zeros((3, height, width), dtype=torch.uint8)
