@@ -1,4 +1,4 @@
-"""Milliseconds per sample of each augmentation, beside torchvision's v2 where it has one, in one run and one process.
+"""CPU milliseconds per sample of each augmentation, beside torchvision's v2 where it has one, in one run and process.
 
     python benchmarks/augment.py                              # 480 x 640 photos with 8 masks, to 320 x 320
     python benchmarks/augment.py --height 320 --width 320 --objects 0 --rounds 60
@@ -6,7 +6,8 @@
 Both get the same photos, already decoded, with boxes and masks, and give images of one size. Ours is the whole recipe
 (window, flip, dropped objects); torchvision's is the operation, resizing, flip and ``SanitizeBoundingBoxes``. Samples
 alternate (theirs, ours, ...), the first of each does not count, medians are shown; where torchvision has nothing, there
-is a dash. OpenCV and torch have one thread each, as a data worker has.
+is a dash. CPU time, so that other work on the machine counts little. OpenCV and torch have one thread each, as a data
+worker has.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ def main() -> None:
             for one, taken in zip(both, times, strict=True):
                 if one is not None:
                     torch.manual_seed(number)
-                    start = time.perf_counter()
+                    start = time.process_time()
                     one(photos[number % PHOTOS], context)
-                    taken.append((time.perf_counter() - start) * 1000)
+                    taken.append((time.process_time() - start) * 1000)
         mine, other = statistics.median(times[1][1:]), statistics.median(times[0][1:]) if times[0] else None
         shown = f"{'-':>12}{mine:>8.2f}" if other is None else f"{other:>12.2f}{mine:>8.2f}{other / mine:>7.1f}x"
         print(f"{name:<22}{shown}", flush=True)
