@@ -104,7 +104,8 @@ class Recipe:
     def render(self, image: Tensor, target: Target, place: Windowed) -> tuple[tv_tensors.Image, Target]:
         """Return what shows through the window of ``place``, mirrored and recoloured; see ``__call__``."""
         parts = _parts(image, target, place.view)
-        for step in (place, *self.steps[1:]):
+        steps: list[Any] = [place, *self.steps[1:]]
+        for step in steps:
             parts = step(parts)
         return parts["image"], _finish(target, parts, self.min_side, self.min_visible)
 
