@@ -45,8 +45,8 @@ class NumberedData(DetectionData):
     splits = ("train", "val")
 
     def __init__(self, *, train: int = 10, val: int = 5, **options: Any) -> None:
-        options = {"batch_size": 2, "num_workers": 0, "seed": 3} | options
-        super().__init__(train_transform=noise, size_divisor=16, **options)
+        options = {"batch_size": 2, "num_workers": 0, "seed": 3, "train_transform": noise} | options
+        super().__init__(size_divisor=16, **options)
         self.counts = {"train": train, "val": val}
 
     def read(self, split: str) -> Numbered:

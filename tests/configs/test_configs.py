@@ -16,7 +16,7 @@ from shared import REPO, SHARED
 
 CONF = REPO / "conf"
 GROUPS = ("model", "data", "task", "optimizer", "scheduler", "trainer", "callbacks", "logger", "debug", "launcher")
-GROUPS += ("sweep", "experiment", "features")
+GROUPS += ("sweep", "experiment", "features", "augment")
 FILES = sorted(
     f"{path.parent.name}={path.stem}"
     for group in (*GROUPS, "sweep", "experiment")

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 
 import detseg
 from detseg.data import DetectionData
+from detseg.data.augment import Augment
 from shared import REPO, needs_shared
 
 FILES = sorted((REPO / "conf" / "data").glob("*.yaml"))
+AUGMENTS = sorted((REPO / "conf" / "augment").glob("*.yaml"))
 RECIPES = sorted((REPO / "conf" / "transform").glob("*/*.yaml"))
 
 
@@ -31,6 +34,20 @@ def test_recipes_hold_their_defaults(file: Path) -> None:
     for name, value in keys.items():
         default = parameters[name].default
         assert value == (list(default) if isinstance(default, tuple) else default)
+
+
+@pytest.mark.parametrize("file", AUGMENTS, ids=lambda file: file.stem)
+def test_augmentations_have_every_argument_and_build(file: Path) -> None:
+    cfg = detseg.load_config(f"augment={file.stem}", "truth=instances").data.train_transform
+    parameters = inspect.signature(Augment).parameters
+    assert set(cfg.augment) - {"_target_"} == set(parameters)
+    if file.stem == "none":
+        plain = OmegaConf.to_container(cfg.augment)
+        for name, parameter in parameters.items():
+            default = parameter.default
+            assert plain[name] == (list(default) if isinstance(default, tuple) else default), name
+    recipe = instantiate(cfg)
+    assert (recipe.augment is None) == (file.stem == "none")
 
 
 @needs_shared

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from detseg.data import Coco, DetectionData, DetectionEval, DetectionTrain
+from detseg.data.augment import Augment
 from detseg.data.check import DataError
+from detseg.data.module import planned_epochs
 from detseg.data.sample import Sample, SampleDataset
 from detseg.structures import Batch, Target
 from drawn_data import NAMES, scenes, write_coco
@@ -163,6 +165,35 @@ def test_wrong_settings_are_named() -> None:
         DetectionData(truth="masks")
     with pytest.raises(ValueError, match="batch_size=0"):
         DetectionData(batch_size=0)
+
+
+def planned(batches: int = 10, **options: Any) -> int | None:
+    defaults = {"max_epochs": -1, "max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0}
+    return planned_epochs(cast(Any, SimpleNamespace(**{**defaults, **options})), batches=batches)
+
+
+def test_how_many_epochs_a_trainer_plans() -> None:
+    assert planned() is None and planned(max_epochs=None) is None
+    assert planned(max_epochs=7) == 7
+    assert planned(max_steps=20) == 2 and planned(max_steps=21) == 3
+    assert planned(max_steps=21, max_epochs=2) == 2
+    assert planned(max_steps=8, accumulate_grad_batches=3) == 2  # 4 steps an epoch, the last of one batch
+    assert planned(max_steps=8, limit_train_batches=4) == 2 and planned(max_steps=8, limit_train_batches=0.4) == 2
+    assert planned(max_steps=0) == 0
+
+
+def test_closing_before_the_end_needs_an_end() -> None:
+    recipe = DetectionTrain(augment=Augment(mosaic=1.0, close_epochs=2))
+    data = PlainData({"train": 4}, batch_size=2, train_transform=recipe)
+    assert data.train_dataloader().dataset.epochs is None  # type: ignore[attr-defined]  # nothing trains
+    for epochs in (5, -1):
+        place = {"global_rank": 0, "world_size": 1, "max_steps": -1, "accumulate_grad_batches": 1}
+        data.trainer = cast(Any, SimpleNamespace(max_epochs=epochs, **place))
+        if epochs > 0:
+            assert data.train_dataloader().dataset.epochs == 5  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(ValueError, match=r"augment.close_epochs=2 counts from the end .* trainer.max_epochs"):
+                data.train_dataloader()
 
 
 class Recorder(L.LightningModule):

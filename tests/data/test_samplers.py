@@ -32,3 +32,16 @@ def test_evaluation_sees_every_image_once(length: int, world_size: int) -> None:
     assert [len(share) for share in shares] == [len(sampler) for sampler in ranks]
     assert sorted(index for share in shares for index in share) == list(range(length))  # none twice, none missing
     assert list(EvalSampler(length=3)) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_keys_have_the_number_of_their_batch_in_every_process() -> None:
+    ranks = [TrainSampler(length=11, rank=rank, world_size=2, batch_size=2) for rank in range(2)]
+    for sampler in ranks:
+        sampler.set_epoch(3)
+        keys = list(sampler)
+        assert [batch for _, _, batch in keys] == [0, 0, 1, 1, 2, 2] and {epoch for epoch, _, _ in keys} == {3}
+        sampler.skip = 4  # a resumed run counts on
+        assert list(sampler) == keys[4:]
+    plain = TrainSampler(length=11, rank=0, world_size=2)
+    plain.set_epoch(3)
+    assert [key[:2] for key in ranks[0]] == list(plain)

@@ -139,3 +139,17 @@ class TestWatch:
             row = watch.table[1].tolist()
             assert (row[PID], row[EPOCH], row[INDEX], row[BUSY]) == (os.getpid(), 1, 2, 1)
         assert watch.table[1, BUSY] == 0 and watch.table[0].tolist() == [-1] * 4
+
+    def test_an_image_read_for_another_one(self, monkeypatch: pytest.MonkeyPatch):
+        """A mosaic reads others; a worker that dies then dies of them, and afterwards of its own."""
+        watch = self.watch()
+        monkeypatch.setattr("detseg.data.watch.get_worker_info", lambda: type("Worker", (), {"id": 0}))
+        with watch.reading(4, 2):
+            for other in (7, 9):
+                with watch.reading(4, other):
+                    assert watch.table[0].tolist() == [os.getpid(), 4, other, 1]
+                assert watch.table[0].tolist() == [os.getpid(), 4, 2, 1]
+            with pytest.raises(DataError), watch.reading(4, 8):
+                raise DataError("broken")
+            assert watch.table[0, INDEX] == 2
+        assert watch.table[0].tolist() == [os.getpid(), 4, 2, 0]

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from detseg.callbacks import Freeze
+from detseg.data import DetectionTrain
+from detseg.data.augment import Augment
 from noisy_run import fit
 from noisy_run import task as make_task
 
@@ -79,6 +81,21 @@ def test_goes_on_bit_for_bit_across_the_thaw(hook: str, count: int, tmp_path: Pa
     for name, value in task.model.named_parameters():
         assert torch.equal(value, dict(resumed.model.named_parameters())[name])
         assert not torch.equal(value, start[name]), f"{name} has learnt by the end"
+
+
+@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_end", 8), ("on_train_epoch_end", 2)])
+def test_goes_on_bit_for_bit_with_several_images_and_sizes_and_across_the_closing(
+    hook: str, count: int, tmp_path: Path
+):
+    """Mosaics in the first two epochs of three; the run has two workers, the resumed one none."""
+    augment = Augment(mosaic=0.7, mixup=0.5, close_epochs=1, multi_scale=[1.0, 2.0, 3.0], multi_scale_every=1)
+    data = {"train_transform": DetectionTrain(scale=(0.5, 1.5), augment=augment)}
+    saver = SaveAt(tmp_path, hook, count)
+    whole, task, _ = fit(tmp_path, saver, data=data | {"num_workers": 2})
+    rest, resumed, _ = fit(tmp_path, resume=saver.path, data=data)
+    assert rest == whole[len(whole) - len(rest) :] and 0 < len(rest) < len(whole)
+    for name, value in task.model.named_parameters():
+        assert torch.equal(value, dict(resumed.model.named_parameters())[name])
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, tuple[str, int]]]] = {

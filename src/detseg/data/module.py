@@ -20,6 +20,7 @@ from detseg.data.proposals import ProposedDataset
 from detseg.data.sample import Sample, SampleDataset, collate, empty_batch
 from detseg.data.samplers import EvalSampler, TrainSampler
 from detseg.data.split import TransformedSplit
+from detseg.data.transforms import Recipe
 from detseg.data.watch import Watch
 from detseg.ops.proposer import Proposer
 from detseg.structures import Batch
@@ -81,6 +82,8 @@ class DetectionData(L.LightningDataModule):
                 f"batch_size={batch_size}, eval_batch_size={eval_batch_size} must be at least 1, "
                 f"num_workers={num_workers} at least 0"
             )
+        if isinstance(train_transform, Recipe) and train_transform.augment is not None:
+            train_transform.augment.check_truth(truth)
         self.truth, self.seed = truth, seed
         self.wanted_classes, self.wanted_names = num_classes, None if class_names is None else list(class_names)
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -165,14 +168,24 @@ class DetectionData(L.LightningDataModule):
                 self.fill_proposals(split)
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Return shuffled, augmented training batches; the order depends on (seed, epoch) alone."""
+        """Return shuffled, augmented training batches; the order depends on (seed, epoch) alone.
+
+        Raises:
+            ValueError: augmentation is to be closed for the last epochs of a training without end.
+        """
         samples = self.samples("train")
         rank, world_size = self._ranks()
-        sampler = TrainSampler(length=len(samples), seed=self.seed, rank=rank, world_size=world_size)
+        sampler = TrainSampler(
+            length=len(samples), seed=self.seed, rank=rank, world_size=world_size, batch_size=self.batch_size
+        )
         split = TransformedSplit(samples=samples, transform=self.train_transform, seed=self.seed, name="train")
-        return self._loader(
+        loader = self._loader(
             split, sampler, self.batch_size, drop_last=self.drop_last and len(sampler) > self.batch_size
         )
+        if self.trainer is not None:
+            split.epochs = planned_epochs(self.trainer, batches=len(loader))
+            self._check_closing(split.epochs)
+        return loader
 
     def eval_dataloader(self, split: str) -> DataLoader[Sample]:
         """Return the batches of ``split`` in order, with ``truths``; under DDP each image is on one rank only.
@@ -248,6 +261,14 @@ class DetectionData(L.LightningDataModule):
         strategy = getattr(self.trainer, "strategy", None)
         return strategy is not None and bool(strategy.root_device.type == "cuda")
 
+    def _check_closing(self, epochs: int | None) -> None:
+        augment = self.train_transform.augment if isinstance(self.train_transform, Recipe) else None
+        if epochs is None and augment is not None and augment.heavy and augment.close_epochs:
+            raise ValueError(
+                f"augment.close_epochs={augment.close_epochs} counts from the end of training, which has none: give "
+                "trainer.max_epochs or trainer.max_steps, or close_epochs=0"
+            )
+
     def _no_images(self) -> Batch:
         return empty_batch(self.size_divisor, proposals=self.proposer is not None)
 
@@ -275,6 +296,24 @@ class DetectionData(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # of its own: drawing from the global one would tie
             # the weights' random numbers to how often a loader was iterated
         )
+
+
+def planned_epochs(trainer: L.Trainer, *, batches: int) -> int | None:
+    """Return how many epochs a trainer is to train, a last part of one too; ``None``: it has no end known beforehand.
+
+    Args:
+        trainer: its limits of epochs, steps and batches count; a limit of time does not.
+        batches: of one epoch and process.
+    """
+    own: Any = trainer  # Lightning gives these no types
+    limit = getattr(own, "limit_train_batches", 1.0)
+    batches = max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+    ends = [own.max_epochs] if (getattr(own, "max_epochs", None) or -1) >= 0 else []
+    steps = getattr(own, "max_steps", -1)
+    if steps >= 0:
+        per_epoch = -(-batches // own.accumulate_grad_batches)  # the last step of an epoch may have fewer batches
+        ends.append(-(-steps // per_epoch))
+    return min(ends) if ends else None
 
 
 def _samples_few(trainer: L.Trainer | None, split: str) -> bool:

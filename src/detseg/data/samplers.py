@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
-Key = tuple[int, int]
-"""(epoch, index): what the samplers hand to a dataset, so that workers that outlive an epoch know which one it is."""
+Key = tuple[int, int] | tuple[int, int, int]
+"""(epoch, index): what the samplers hand to a dataset, so that workers that outlive an epoch know which one it is; in
+training also the number of the batch in its epoch, the same in every process."""
 
 
 class _Sized(Dataset[int]):
@@ -34,11 +35,14 @@ class TrainSampler(DistributedSampler[int]):
         seed: with the epoch, decides the order.
         rank: this process.
         world_size: number of processes; the order's tail repeats its head where the images do not divide evenly.
+        batch_size: images of one batch and process, by which keys get the number of their batch; ``None``: they do not.
     """
 
-    def __init__(self, *, length: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, *, length: int, seed: int = 0, rank: int = 0, world_size: int = 1, batch_size: int | None = None
+    ) -> None:
         super().__init__(_Sized(length), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
-        self.length = length
+        self.length, self.batch_size = length, batch_size
         self.skip = 0
         """Images of this process that the next pass leaves out at its start, once: a resumed run has had them."""
 
@@ -46,7 +50,10 @@ class TrainSampler(DistributedSampler[int]):
         skip, self.skip = self.skip, 0
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         padded = np.resize(order, self.total_size)  # repeats from the start
-        return iter([(self.epoch, int(index)) for index in padded[self.rank :: self.num_replicas][skip:]])
+        own = padded[self.rank :: self.num_replicas].tolist()[skip:]
+        if self.batch_size is None:
+            return iter([(self.epoch, index) for index in own])
+        return iter([(self.epoch, index, place // self.batch_size) for place, index in enumerate(own, start=skip)])
 
 
 class EvalSampler(DistributedSampler[int]):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, ResizeAndCrop
+from detseg.data.augment import Augment, Context
+from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, ResizeAndCrop, Windowed
 from detseg.ops.boxes import clip_boxes
 from detseg.structures import PanopticMap, SemanticMap, Target
 
@@ -43,6 +44,7 @@ class Recipe:
         min_visible: objects of which less than this share of the box is left after the crop are dropped. Of a proposal
             any part that is large enough stays.
         fill: grey value of pixels outside the image.
+        augment: what goes beyond one image and one window, or ``None``.
 
     Raises:
         ValueError: a number is outside its range.
@@ -65,12 +67,14 @@ class Recipe:
         min_side: float = 1.0,
         min_visible: float = 0.1,
         fill: int = 114,
+        augment: Augment | None = None,
     ) -> None:
         self.min_side, self.min_visible = min_side, min_visible
-        geometry = ResizeAndCrop(
+        self.augment = augment if augment is not None and augment.active else None
+        self.geometry = ResizeAndCrop(
             size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, fill=fill
         )
-        steps: list[nn.Module] = [geometry]
+        steps: list[nn.Module] = [self.geometry]
         if flip:
             steps.append(v2.RandomHorizontalFlip(flip))
         if vertical_flip:
@@ -81,15 +85,27 @@ class Recipe:
             steps.append(HueShift(hue))
         self.steps = steps
 
-    def __call__(self, image: Tensor, target: Target) -> tuple[tv_tensors.Image, Target]:
+    def __call__(
+        self, image: Tensor, target: Target, context: Context | None = None
+    ) -> tuple[tv_tensors.Image, Target]:
         """Return the transformed image and its target.
 
         Args:
             image: ``(3, H, W)`` uint8 RGB.
             target: the truth in the pixels of ``image``.
+            context: where the sample stands in the training, and the other images; ``augment`` needs it, and is left
+                out without.
         """
-        parts = _parts(image, target)
-        for step in self.steps:
+        if self.augment is None or context is None:
+            return self.render(image, target, self.geometry)
+        image, target = self.augment(self, image, target, context)
+        return tv_tensors.Image(image), target
+
+    def render(self, image: Tensor, target: Target, place: Windowed) -> tuple[tv_tensors.Image, Target]:
+        """Return what shows through the window of ``place``, mirrored and recoloured; see ``__call__``."""
+        parts = _parts(image, target, place.view)
+        steps: list[Any] = [place, *self.steps[1:]]
+        for step in steps:
             parts = step(parts)
         return parts["image"], _finish(target, parts, self.min_side, self.min_visible)
 
@@ -117,11 +133,12 @@ class DetectionTrain(Recipe):
         min_side: float = 1.0,
         min_visible: float = 0.1,
         fill: int = 114,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__(
             size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, flip=flip,
             vertical_flip=vertical_flip, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
-            min_side=min_side, min_visible=min_visible, fill=fill,
+            min_side=min_side, min_visible=min_visible, fill=fill, augment=augment,
         )  # fmt: skip
 
 
@@ -142,10 +159,10 @@ class SemanticEval(DetectionEval):
     """Evaluation recipe for maps: resize and nothing else."""
 
 
-def _parts(image: Tensor, target: Target) -> dict[str, Any]:
+def _parts(image: Tensor, target: Target, view: Tensor | None) -> dict[str, Any]:
     """Wrap what geometry changes in tv_tensors, so that each v2 transform treats it as what it is."""
     parts: dict[str, Any] = {"image": tv_tensors.Image(image)}
-    for name, boxes in {"boxes": target.boxes, "proposals": target.proposals}.items():
+    for name, boxes in {"boxes": target.boxes, "proposals": target.proposals, "view": view}.items():
         if boxes is not None:
             size = (image.shape[-2], image.shape[-1])
             parts[name] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size, clamping_mode=None)
@@ -162,7 +179,7 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
     """Clip the boxes, drop what the crop left too little of, and put the target together again."""
     size = (parts["image"].shape[-2], parts["image"].shape[-1])
     boxes = parts["boxes"].as_subclass(Tensor)  # (N, 4), possibly beyond the image
-    clipped = clip_boxes(boxes, torch.tensor(size))  # (N, 4)
+    clipped = _clip(boxes, parts)  # (N, 4)
     sides = clipped[:, 2:] - clipped[:, :2]  # (N, 2)
     area = target.area * _box_areas(clipped) / _box_areas(target.boxes).clamp(min=1e-6)  # (N,) grows and is cut alike
     visible = _box_areas(clipped) / _box_areas(boxes).clamp(min=1e-6)  # (N,) in [0, 1]
@@ -181,16 +198,26 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
         size=size,
         semantic=_semantic(target.semantic, parts),
         panoptic=_panoptic(target.panoptic, parts),
-        proposals=_proposals(parts, size, min_side),
+        proposals=_proposals(parts, min_side),
     )
     return changed if bool(kept.all()) else changed[kept]
 
 
-def _proposals(parts: dict[str, Any], size: tuple[int, int], min_side: float) -> Tensor | None:
+def _clip(boxes: Tensor, parts: dict[str, Any]) -> Tensor:
+    """Return boxes ``(N, 4)`` cut to the image, and to what shows of the source where that is less."""
+    size = torch.tensor([parts["image"].shape[-2], parts["image"].shape[-1]])
+    clipped = clip_boxes(boxes, size)
+    if "view" not in parts:
+        return clipped
+    view = clip_boxes(parts["view"].as_subclass(Tensor), size)[0].to(boxes)  # (4,)
+    return torch.minimum(torch.maximum(clipped, view[:2].repeat(2)), view[2:].repeat(2))
+
+
+def _proposals(parts: dict[str, Any], min_side: float) -> Tensor | None:
     """Return the proposals ``(P, 4)`` clipped to the image, without those of which too little or nothing is left."""
     if "proposals" not in parts:
         return None
-    clipped = clip_boxes(parts["proposals"].as_subclass(Tensor), torch.tensor(size))
+    clipped = _clip(parts["proposals"].as_subclass(Tensor), parts)
     sides = clipped[:, 2:] - clipped[:, :2]  # (P, 2)
     return clipped[((sides >= min_side) & (sides > 0)).all(dim=1)]
 

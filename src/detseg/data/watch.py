@@ -63,16 +63,26 @@ class Watch:
 
     @contextmanager
     def reading(self, epoch: int, index: int) -> Iterator[None]:
-        """Say that this worker reads an image, until the end of the block; outside of a worker nothing happens."""
+        """Say that this worker reads an image, until the end of the block; outside of a worker nothing happens.
+
+        Within such a block it may read another image; afterwards it is at the first again.
+        """
         worker = get_worker_info()
         if worker is None:
             yield
             return
         if self._rows is None:
             self._rows = self.table.numpy()
-        self._rows[worker.id] = (os.getpid(), epoch, index, 1)
-        yield
-        self._rows[worker.id, BUSY] = 0
+        row = self._rows[worker.id]
+        outer = row.copy()
+        row[:] = (os.getpid(), epoch, index, 1)
+        try:
+            yield
+        finally:
+            if outer[BUSY] == 1:
+                row[:] = outer
+            else:
+                row[BUSY] = 0
 
     def find_dead(self) -> DataError | None:
         """Return the error about a worker that has ended by itself, or is about to, or ``None`` where all are well."""

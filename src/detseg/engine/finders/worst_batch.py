@@ -76,9 +76,9 @@ def find_worst(data: DetectionData, *, scan: int | None = 2000) -> Worst:
     samples = data.dataset("train")
     split = TransformedSplit(samples=samples, transform=data.train_transform, seed=data.seed)
     size, fullest, looked = (1, 1), None, _candidates(samples, scan)
-    for index in looked:
+    for place, index in enumerate(looked):
         for draw in range(DRAWS if data.train_transform is not None else 1):
-            image, target, _ = split[draw, index]
+            image, target, _ = split[draw, index, place]  # a batch of its own, as the recipe may draw a size for each
             size = max(size[0], image.shape[-2]), max(size[1], image.shape[-1])
             if fullest is None or len(target) > len(fullest):
                 fullest = replace(target, size=(image.shape[-2], image.shape[-1]))
