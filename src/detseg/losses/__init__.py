@@ -1,22 +1,40 @@
 """Losses: a pure function each, and thin classes that are constructor arguments of the models."""
 
+from detseg.losses.distribution import DistributionFocalLoss, distribution_focal_loss, expectation
 from detseg.losses.focal import FocalLoss, focal_loss
 from detseg.losses.iou import CIoULoss, DIoULoss, GIoULoss, IoULoss
+from detseg.losses.quality import (
+    BCELoss,
+    QualityFocalLoss,
+    VarifocalLoss,
+    bce_loss,
+    quality_focal_loss,
+    varifocal_loss,
+)
 from detseg.losses.segmentation import SegmentationLoss, cross_entropy, dice_loss, dice_scores
 from detseg.losses.separation import separation_weights
 from detseg.losses.smooth_l1 import SmoothL1
 
 __all__ = [
+    "BCELoss",
     "CIoULoss",
     "DIoULoss",
+    "DistributionFocalLoss",
     "FocalLoss",
     "GIoULoss",
     "IoULoss",
+    "QualityFocalLoss",
     "SegmentationLoss",
     "SmoothL1",
+    "VarifocalLoss",
+    "bce_loss",
     "cross_entropy",
     "dice_loss",
     "dice_scores",
+    "distribution_focal_loss",
+    "expectation",
     "focal_loss",
+    "quality_focal_loss",
     "separation_weights",
+    "varifocal_loss",
 ]

@@ -12,17 +12,17 @@ images, P positive references of all images, C candidates for detections.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
-from detseg.losses.focal import FocalLoss
+from detseg.losses.distribution import DistributionFocalLoss
 from detseg.losses.normalise import normaliser
+from detseg.losses.quality import ClassificationLoss
 from detseg.nn.backbone import Backbone
 from detseg.nn.normalize import Normalize
 from detseg.ops.nms import Suppression
@@ -31,9 +31,10 @@ from detseg.targets.anchors import grid_strides
 from detseg.targets.crowds import inside_crowd, learnable
 from detseg.targets.lattice import Lattice, References, build_lattice
 from detseg.targets.matchers import BETWEEN
+from detseg.targets.sparse import paired_iou
+from detseg.targets.task_aligned import PredictionAssigner, Predictions
 
 CROWD_OVERLAP = 0.7  # share of a reference inside a crowd region from which it teaches nothing, as in Detectron
-PRIOR = 0.01  # foreground probability of every class before training (Lin et al. 2017, section 4.1)
 
 
 class Assigner(Protocol):
@@ -45,6 +46,9 @@ class Assigner(Protocol):
         ``image`` (G,) is the image of each box, ascending; ``batch`` is B.
         """
         ...
+
+
+AnyAssigner = Assigner | PredictionAssigner
 
 
 class Coder(Protocol):
@@ -60,7 +64,13 @@ class Coder(Protocol):
 
 
 class BoxLoss(Protocol):
-    """A loss of pairs ``(P, 4)``, summed over them with a weight each."""
+    """A loss of pairs ``(P, 4)``, summed over them with a weight each.
+
+    Attributes:
+        of_boxes: whether the pairs are boxes in pixels; else they are what the coder makes of them.
+    """
+
+    of_boxes: ClassVar[bool]
 
     def __call__(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return a scalar; ``weights`` is ``(P,)``."""
@@ -73,7 +83,7 @@ class DenseOutputs:
 
     Attributes:
         logits: ``(B, N, K)`` of the classes.
-        regression: ``(B, N, 4)``, in the coder's terms.
+        regression: ``(B, N, 4)``, in the coder's terms; or ``(B, N, 4 * n)``, logits of n values for each of the four.
         quality: ``(B, N)`` logits of how good a box is, such as FCOS's centreness, or ``None``.
         references: lays the references over the levels.
         image_size: (height, width) of the padded images.
@@ -105,6 +115,7 @@ class Assignment:
         labels: ``(B * N,)`` int64: the class of each reference, negative for background and ignored ones.
         references: ``(P, 4)`` the positive references.
         scale: ``(B,)`` the weight of each image's references: one over the number of positives.
+        quality: ``(P,)`` in [0, 1], what each positive's class shall score, where the assigner says so, or ``None``.
     """
 
     matched: Tensor
@@ -113,23 +124,25 @@ class Assignment:
     labels: Tensor
     references: Tensor
     scale: Tensor
+    quality: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
-        """The scale of each positive's image, ``(P,)``."""
-        return self.scale[self.rows // self.matched.shape[1]]
+        """The scale of each positive's image, times its quality where the assigner gives one, ``(P,)``."""
+        own = self.scale[self.rows // self.matched.shape[1]]  # (P,)
+        return own if self.quality is None else own * self.quality
 
 
-class DenseDetector(nn.Module, ABC):
+class DenseDetector(nn.Module):
     """The composition that dense detectors share.
 
     Args:
         num_classes: foreground classes.
         backbone: gives pyramid levels of one width.
-        head: takes the levels, and gives logits ``(B, N, K)``, regression ``(B, N, 4)`` and quality ``(B, N)`` or
-            ``None``.
+        head: takes the levels, and gives logits ``(B, N, K)``, regression ``(B, N, 4)``, or ``(B, N, 4 * n)`` with a
+            ``distribution_loss`` of n bins, and quality ``(B, N)`` or ``None``.
         references: lays anchors, or squares around points, over the levels.
-        assigner: says which object each reference learns.
+        assigner: says which object each reference learns, by where it lies or by what is predicted there.
         coder: of boxes.
         classification_loss: of all references.
         box_loss: of the positive ones.
@@ -139,9 +152,17 @@ class DenseDetector(nn.Module, ABC):
         score_threshold: detections must score higher, in [0, 1).
         top_k: how many candidates per level go to NMS.
         max_detections: how many detections per image stay.
+        distribution_loss: of the positive ones, where the head predicts a distribution over the values of each number
+            and not the number itself; ``None`` where it does not.
+        loss_weights: factors of the terms ``classification``, ``box``, ``distribution`` and those of the paper; 1 for
+            those that are missing.
+
+    Raises:
+        ValueError: ``loss_weights`` has a term that the model has not.
     """
 
     backbone: Backbone
+    term_names: ClassVar[tuple[str, ...]] = ("classification", "box", "distribution")
 
     def __init__(
         self,
@@ -150,17 +171,20 @@ class DenseDetector(nn.Module, ABC):
         backbone: Backbone,
         head: nn.Module,
         references: References,
-        assigner: Assigner,
+        assigner: AnyAssigner,
         coder: Coder,
-        classification_loss: FocalLoss,
+        classification_loss: ClassificationLoss,
         box_loss: BoxLoss,
         nms: Suppression,
         per_image: bool,
         score_threshold: float,
         top_k: int,
         max_detections: int,
+        distribution_loss: DistributionFocalLoss | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self.loss_weights = _check_weights(loss_weights, self.term_names)
         self.num_classes = num_classes
         self.normalize = Normalize(backbone.mean, backbone.std)
         self.backbone = backbone
@@ -170,6 +194,7 @@ class DenseDetector(nn.Module, ABC):
         self.coder = coder
         self.classification_loss = classification_loss
         self.box_loss = box_loss
+        self.distribution_loss = distribution_loss
         self.nms = nms
         self.per_image = per_image
         self.score_threshold = score_threshold
@@ -185,46 +210,90 @@ class DenseDetector(nn.Module, ABC):
         return DenseOutputs(logits, regression, quality, self.references, size, feature_sizes)
 
     def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
-        """Return ``loss_classification`` and the terms of the paper's ``box_terms``, scalars; see ``Detector.loss``."""
+        """Return ``loss_classification`` and the terms of ``box_terms``, scalars; see ``Detector.loss``."""
         assignment = self.assign(outputs, targets)
         weights = assignment.scale[:, None].expand_as(assignment.matched)  # (B, N)
         if bool((assignment.matched == BETWEEN).any()):
             weights = weights.masked_fill(assignment.matched == BETWEEN, 0.0)
         logits = outputs.logits.flatten(0, 1)  # (B * N, K)
-        terms = {"loss_classification": self.classification_loss(logits, assignment.labels, weights.flatten())}
-        return terms | self.box_terms(outputs, assignment)
+        quality = self.quality(outputs, assignment)  # (B * N,) or None
+        own = self.classification_loss(logits, assignment.labels, weights.flatten(), quality)
+        terms = {"loss_classification": own} | self.box_terms(outputs, assignment)
+        return {name: term * self.loss_weights.get(name.removeprefix("loss_"), 1.0) for name, term in terms.items()}
 
-    @abstractmethod
     def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
-        """Return the loss terms of the positive references by name."""
+        """Return ``loss_box`` of the positive references and, where they are distributions, ``loss_distribution``."""
+        raw = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4 * n)
+        codes, references = self.codes(raw), assignment.references  # (P, 4) each
+        wanted = self.coder.encode(assignment.boxes, references)  # (P, 4)
+        if self.box_loss.of_boxes:
+            boxes = self.coder.decode(codes, references)  # (P, 4)
+            terms = {"loss_box": self.box_loss(boxes, assignment.boxes, assignment.weights)}
+        else:
+            terms = {"loss_box": self.box_loss(codes, wanted, assignment.weights)}
+        if self.distribution_loss is not None:
+            terms["loss_distribution"] = self.distribution_loss(raw, wanted, assignment.weights)
+        return terms
+
+    def codes(self, regression: Tensor) -> Tensor:
+        """Return what the coder decodes ``(..., 4)``: the regression itself, or the expectation of ``(..., 4 * n)``."""
+        return regression if self.distribution_loss is None else self.distribution_loss.expectation(regression)
+
+    @torch.no_grad()
+    def quality(self, outputs: DenseOutputs, assignment: Assignment) -> Tensor | None:
+        """Return what the class of each reference shall score ``(B * N,)``, or ``None`` where it is 1 or 0."""
+        own = assignment.quality
+        if own is None:
+            if not self.classification_loss.wants_quality:
+                return None
+            boxes = self._boxes(outputs, outputs.lattice, assignment.rows)  # (P, 4)
+            own = paired_iou(boxes, assignment.boxes).nan_to_num(0.0).clamp(0.0, 1.0)  # (P,)
+        return own.new_zeros(len(assignment.labels)).index_put_((assignment.rows,), own)
 
     def assign(self, outputs: DenseOutputs, targets: list[Target]) -> Assignment:
         """Say what every reference of a batch shall learn; crowd regions are ignored."""
         lattice = outputs.lattice
-        matched, objects, classes = self._match(lattice, targets)  # (B, N), (G, 4), (G,)
+        matched, score, objects, classes = self._match(outputs, lattice, targets)  # (B, N) twice, (G, 4), (G,)
         rows = (matched.flatten() >= 0).nonzero()[:, 0]  # (P,)
         box = matched.flatten()[rows]  # (P,)
         labels = torch.full_like(matched.flatten(), -1)  # (B * N,)
         labels[rows] = classes[box]
         # Not under no_grad as the matching is: the normaliser asks whether gradients are wanted (see there).
-        scale = self._scale(rows // lattice.total, len(targets))
-        return Assignment(matched, rows, objects[box], labels, lattice.boxes[rows % lattice.total], scale)
+        quality = None if score is None else score.flatten()[rows]  # (P,)
+        scale = self._scale(rows // lattice.total, len(targets), quality)
+        references = lattice.boxes[rows % lattice.total]  # (P, 4)
+        return Assignment(matched, rows, objects[box], labels, references, scale, quality)
 
     @torch.no_grad()
-    def _match(self, lattice: Lattice, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the object of each reference ``(B, N)``, and boxes ``(G, 4)`` and classes ``(G,)`` of the objects."""
+    def _match(
+        self, outputs: DenseOutputs, lattice: Lattice, targets: list[Target]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return the object of each reference ``(B, N)``, and what it shall score ``(B, N)`` if the assigner says so.
+
+        Boxes ``(G, 4)`` and classes ``(G,)`` of the objects follow.
+        """
         taught = [learnable(target) for target in targets]
         objects, image = flat_boxes(taught, lattice)  # (G, 4), (G,)
         classes = torch.cat([target.labels for target in taught])  # (G,)
-        matched = self.assigner(objects, image, len(targets), lattice)  # (B, N)
+        score = None
+        if isinstance(self.assigner, PredictionAssigner):
+            seen = Predictions(outputs.logits.flatten(0, 1), lambda rows: self._boxes(outputs, lattice, rows))
+            matched, score = self.assigner.align(objects, classes, image, len(targets), lattice, seen)  # (B, N) each
+        else:
+            matched = self.assigner(objects, image, len(targets), lattice)  # (B, N)
         for index, target in enumerate(targets):
             inside = inside_crowd(lattice.boxes, target, CROWD_OVERLAP)  # (N,)
             if inside is not None:
                 matched[index].masked_fill_(inside & (matched[index] < 0), BETWEEN)
-        return matched, objects, classes
+        return matched, score, objects, classes
 
-    def _scale(self, image: Tensor, batch: int) -> Tensor:
-        count = torch.bincount(image, minlength=batch)  # (B,)
+    def _boxes(self, outputs: DenseOutputs, lattice: Lattice, rows: Tensor) -> Tensor:
+        """Return the predicted boxes of references counted through the batch ``(R,)``, ``(R, 4)`` xyxy pixels."""
+        codes = self.codes(outputs.regression.flatten(0, 1)[rows].float())  # (R, 4)
+        return self.coder.decode(codes, lattice.boxes[rows % lattice.total])
+
+    def _scale(self, image: Tensor, batch: int, quality: Tensor | None) -> Tensor:
+        count = torch.bincount(image, weights=quality, minlength=batch)  # (B,)
         if self.per_image:
             return 1.0 / (count.clamp(min=1) * batch)
         return (1.0 / normaliser(count.sum())).expand(batch)
@@ -234,8 +303,8 @@ class DenseDetector(nn.Module, ABC):
         """Return detections per image, best first, clipped to ``sizes`` (B, 2); see ``Detector.predict``."""
         lattice = outputs.lattice
         image, reference, label, score = self._candidates(outputs)  # (C,) each
-        regression = outputs.regression[image, reference].float()  # (C, 4)
-        boxes = self.coder.decode(regression, lattice.boxes[reference])  # (C, 4)
+        codes = self.codes(outputs.regression[image, reference].float())  # (C, 4)
+        boxes = self.coder.decode(codes, lattice.boxes[reference])  # (C, 4)
         counts = torch.bincount(image, minlength=len(sizes)).tolist()
         found = []
         parts = (torch.split(tensor, counts) for tensor in (boxes, score, label))  # 3 x B x (n, ...)
@@ -273,6 +342,13 @@ class DenseDetector(nn.Module, ABC):
         return {name: count.sum().float() for name, count in zip(names, counts, strict=True)}
 
 
+def _check_weights(weights: Mapping[str, float] | None, terms: Sequence[str]) -> dict[str, float]:
+    given = {name: float(value) for name, value in (weights or {}).items()}
+    if unknown := sorted(set(given) - set(terms)):
+        raise ValueError(f"loss_weights has {unknown}; the terms of this model are {list(terms)}")
+    return given
+
+
 def flat_boxes(targets: list[Target], lattice: Lattice) -> tuple[Tensor, Tensor]:
     """Return the boxes of all images ``(G, 4)`` as float32 and the image of each ``(G,)`` int64."""
     boxes = torch.cat([target.boxes for target in targets]).to(lattice.boxes)  # (G, 4)
@@ -297,72 +373,3 @@ def best_per_group(scores: Tensor, group: Tensor, count: int, *, threshold: floa
     parts = zip(torch.split(kept, sizes), torch.split(scores[kept], sizes), strict=True)  # sorting all takes seconds
     best = [index[score.topk(min(count, len(score))).indices] for index, score in parts]
     return torch.cat(best) if best else kept
-
-
-def conv_tower(channels: int, depth: int, *, groups: int | None, nested: bool) -> nn.Sequential:
-    """Return the 3x3 convolutions before a prediction, each with group norm where ``groups`` is given, and a ReLU.
-
-    Args:
-        channels: in and out.
-        depth: how many convolutions.
-        groups: of the group norm, or ``None`` for none.
-        nested: each convolution with its norm and ReLU in a ``Sequential`` of its own, as the keys of torchvision's
-            RetinaNet have it (``conv.0.0.weight``), or all in one row, as its FCOS has it (``conv.0.weight``).
-
-    Raises:
-        ValueError: the channels cannot be parted into groups.
-    """
-    if groups is not None and channels % groups:
-        raise ValueError(f"conv_tower: {channels} channels cannot be parted into {groups} groups; change one of them")
-    blocks = []
-    for _ in range(depth):
-        # RetinaNet v2 drops the bias before a norm, FCOS keeps it: as their published weights have it.
-        block: list[nn.Module] = [nn.Conv2d(channels, channels, 3, padding=1, bias=groups is None or not nested)]
-        block += [] if groups is None else [nn.GroupNorm(groups, channels)]
-        blocks.append([*block, nn.ReLU(inplace=True)])
-    rows = [nn.Sequential(*block) for block in blocks] if nested else [part for block in blocks for part in block]
-    return nn.Sequential(*rows)
-
-
-def initialise_head(head: nn.Module, prediction: nn.Conv2d | None = None) -> None:
-    """Draw all convolutions from N(0, 0.01) and start the classes at probability 0.01 (Lin et al., section 4.1)."""
-    for layer in head.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=0.01)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    if prediction is not None and prediction.bias is not None:
-        nn.init.constant_(prediction.bias, -math.log((1 - PRIOR) / PRIOR))
-
-
-def flatten_level(level: Tensor, width: int) -> Tensor:
-    """Turn a prediction ``(B, A * width, H, W)`` into ``(B, H * W * A, width)``; no copy where channels come last."""
-    return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, width)  # (B, H * W * A, width)
-
-
-def one_width(backbone: Backbone) -> int:
-    """Return the width of all levels.
-
-    Raises:
-        ValueError: the levels differ in width, so no head can be shared by them.
-    """
-    if len(set(backbone.channels)) != 1:
-        raise ValueError(
-            f"the levels of the backbone have {backbone.channels} channels, but one head serves all; "
-            "give them one width with detseg.nn.BackboneWithFPN"
-        )
-    return backbone.channels[0]
-
-
-def check_levels(references: References, backbone: Backbone, counts: Sequence[int]) -> int:
-    """Return how many references a cell has.
-
-    Raises:
-        ValueError: there is not one count per level, or they differ.
-    """
-    if len(counts) != len(backbone.strides) or len(set(counts)) != 1:
-        raise ValueError(
-            f"{references} has {list(counts)} references per cell on its levels; the backbone has levels of strides "
-            f"{backbone.strides}: give one list of sizes per level, all of one length"
-        )
-    return counts[0]
