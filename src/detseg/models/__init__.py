@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from detseg.models.retinanet import RetinaNet
     from detseg.models.spp_net import SPPNet
     from detseg.models.unet import BackboneUNet, UNet
+    from detseg.models.yolo import YOLO
 
 _HOMES = {
     "BackboneUNet": "unet",
@@ -32,12 +33,14 @@ _HOMES = {
     "SPPNet": "spp_net",
     "Segmenter": "contract",
     "UNet": "unet",
+    "YOLO": "yolo",
 }
 """Public name -> file in this folder."""
 
 __all__ = [
     "FCOS",
     "RCNN",
+    "YOLO",
     "BackboneUNet",
     "CascadeRCNN",
     "Detector",

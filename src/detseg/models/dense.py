@@ -293,7 +293,9 @@ class DenseDetector(nn.Module):
         return self.coder.decode(codes, lattice.boxes[rows % lattice.total])
 
     def _scale(self, image: Tensor, batch: int, quality: Tensor | None) -> Tensor:
-        count = torch.bincount(image, weights=quality, minlength=batch)  # (B,)
+        count = torch.bincount(image, minlength=batch)  # (B,)
+        if quality is not None:  # not bincount's weights, which a GPU adds up in any order
+            count = quality.new_zeros(batch).index_add_(0, image, quality)  # (B,)
         if self.per_image:
             return 1.0 / (count.clamp(min=1) * batch)
         return (1.0 / normaliser(count.sum())).expand(batch)

@@ -1,9 +1,11 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.csp import CSPBackbone
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from detseg.nn.pan import BackboneWithPAN
 from detseg.nn.tiny import TinyBackbone
 from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 
@@ -12,6 +14,8 @@ __all__ = [
     "IMAGENET_STD",
     "Backbone",
     "BackboneWithFPN",
+    "BackboneWithPAN",
+    "CSPBackbone",
     "CheckpointMismatch",
     "Normalize",
     "TimmBackbone",

@@ -5,7 +5,8 @@ t = s^alpha * u^beta (equation 5), of the score s for the object's class and the
 references whose centre lies inside the object the ``top_k`` best learn it; of several objects the one with the highest
 IoU wins. What they shall score is t scaled per object so that its largest value is the object's largest IoU. The
 defaults are those of later YOLO detectors (alpha 0.5, beta 6, 10 references; the paper has 1, 6 and 13). Differs from
-the paper: a reference with alignment 0 learns nothing.
+the paper: a reference with alignment 0 learns nothing. So boxes must meet objects from the start; those of FCOS, whose
+distances start at 0, do so only where they are predicted as distributions.
 
 Sparse: only the cells inside of an object are looked at, and only their predictions decoded.
 
@@ -184,7 +185,7 @@ def _chunks(boxes: Tensor, lattice: Lattice) -> Iterator[Tensor]:
     count = (last - first + 1).clamp(min=0).prod(2).sum(1)  # (G,)
     group = (count.cumsum(0) - count) // MOST_CANDIDATES  # (G,) ascending
     sizes = torch.unique_consecutive(group, return_counts=True)[1].tolist()
-    yield from torch.arange(len(boxes), device=boxes.device).split(sizes) if sizes else ()
+    yield from torch.split(torch.arange(len(boxes), device=boxes.device), sizes) if sizes else ()
 
 
 def _inside(boxes: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
