@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
+LEAST_SIDE = 1e-3  # pixels
+
 
 def iou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None, *, eps: float = 1e-7) -> Tensor:
     """Return the summed -log IoU, a scalar.
@@ -41,8 +43,14 @@ def diou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
 
 
 def ciou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the summed 1 - CIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar."""
-    return _total(complete_box_iou_loss(boxes, targets), weights)
+    """Return the summed 1 - CIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar.
+
+    Predicted boxes count as a thousandth of a pixel wide and high at least: without sides they have no aspect ratio,
+    and distances that pass a ReLU start so.
+    """
+    corner, end = boxes[:, :2], boxes[:, 2:]  # (P, 2) each
+    sided = torch.cat((corner, torch.maximum(end, corner + LEAST_SIDE)), dim=1)  # (P, 4)
+    return _total(complete_box_iou_loss(sided, targets), weights)
 
 
 class IoULoss(nn.Module):
