@@ -77,7 +77,7 @@ def test_easy_negatives_share_of_the_loss() -> None:
     logits = torch.tensor([[-4.0, 3.0], [-4.0, -4.0]])
     labels = torch.tensor([-1, 1])
     entries = sigmoid_focal_loss(logits, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
-    share = negative_share(logits, labels, alpha=0.25, gamma=2.0)
+    share = negative_share(FocalLoss().entries(logits, labels), logits, labels)
     assert_close(share, (entries[0, 0] + entries[1, 0]) / entries.sum())
 
 

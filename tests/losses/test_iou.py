@@ -50,3 +50,12 @@ def test_equal_boxes_cost_nothing_and_apart_ones_stay_finite(loss: nn.Module) ->
     assert float(value.detach()) > 0.9 and apart.grad is not None and bool(apart.grad.isfinite().all())
     none = torch.zeros(0, 4, requires_grad=True)
     assert loss(none, torch.zeros(0, 4)) == 0
+
+
+@pytest.mark.parametrize("loss", [IoULoss(), GIoULoss(), DIoULoss(), CIoULoss()])
+def test_boxes_without_sides_have_finite_losses_and_gradients(loss: nn.Module) -> None:
+    points = torch.tensor([[5.0, 5, 5, 5], [5, 5, 9, 5], [0, 0, 0, 0], [700, 700, 700, 700]], requires_grad=True)
+    value = loss(points, torch.tensor([[3.0, 4, 13, 24]]).expand(4, 4))
+    value.backward()
+    assert 4.0 <= float(value.detach()) < 1e3  # 1 - IoU is 1 for each of them
+    assert points.grad is not None and bool(points.grad.isfinite().all())

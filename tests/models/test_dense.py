@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.testing import assert_close
 
-from detseg.models.dense import best_per_group, conv_tower, flatten_level, one_width
+from detseg.models.dense import best_per_group
+from detseg.models.dense_heads import conv_tower, flatten_level, one_width
 from detseg.models.fcos import FCOS
 from detseg.models.retinanet import RetinaNet
 from detseg.nn import BackboneWithFPN, TinyBackbone

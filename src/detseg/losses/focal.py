@@ -10,7 +10,7 @@ Letters: R references (anchors or points) of all images, K classes, P positive r
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,21 @@ def focal_loss(
     Raises:
         ValueError: the shapes disagree.
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or (weights is not None and weights.shape != labels.shape):
-        given = tuple(logits.shape), tuple(labels.shape), None if weights is None else tuple(weights.shape)
-        raise ValueError(f"focal_loss: logits, labels, weights have shapes {given}; they must be (R, K), (R,), (R,)")
+    check_shapes("focal_loss", logits, labels, weights)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # sums over 1e6 entries and the logs of small probabilities need it
     return cast(Tensor, _FocalLoss.apply(logits, labels, weights, alpha, gamma))
 
 
+def check_shapes(name: str, logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+    """Raise a ``ValueError`` with all shapes where they are not ``(R, K)``, ``(R,)`` and, if given, ``(R,)``."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or (weights is not None and weights.shape != labels.shape):
+        given = tuple(logits.shape), tuple(labels.shape), None if weights is None else tuple(weights.shape)
+        raise ValueError(f"{name}: logits, labels, weights have shapes {given}; they must be (R, K), (R,), (R,)")
+
+
 class FocalLoss(nn.Module):
-    """The focal loss with its two numbers; see ``focal_loss``.
+    """The focal loss with its two numbers; see ``focal_loss``. Its targets are hard: a quality is not read.
 
     Args:
         alpha: weight of positive entries in [0, 1]; 0.25 is the paper's best with gamma 2.
@@ -57,6 +62,8 @@ class FocalLoss(nn.Module):
         ValueError: a number outside of its range.
     """
 
+    wants_quality: ClassVar[bool] = False  # see detseg.losses.quality.ClassificationLoss
+
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0) -> None:
         super().__init__()
         if not 0.0 <= alpha <= 1.0 or gamma < 0.0:
@@ -64,27 +71,31 @@ class FocalLoss(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, quality: Tensor | None = None
+    ) -> Tensor:
         """Return the sum over references ``(R, K)`` and classes; see ``focal_loss``."""
         return focal_loss(logits, labels, weights, alpha=self.alpha, gamma=self.gamma)
 
+    def entries(self, logits: Tensor, labels: Tensor, quality: Tensor | None = None) -> Tensor:
+        """Return the loss of each entry ``(R, K)``, unweighted and without a gradient."""
+        return _loss_and_slope(logits.detach(), labels, self.alpha, self.gamma, slope=False)[0]
 
-def negative_share(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float, easy: float = 0.1) -> Tensor:
-    """Return which share of the loss comes from easy negatives, a scalar in [0, 1].
+
+def negative_share(entries: Tensor, logits: Tensor, labels: Tensor, *, easy: float = 0.1) -> Tensor:
+    """Return which share of a classification loss comes from easy negatives, a scalar in [0, 1].
 
     Args:
+        entries: ``(R, K)``, the loss of each entry, such as ``FocalLoss.entries`` gives.
         logits: ``(R, K)``, without ignored references.
         labels: ``(R,)`` int64, negative for background.
-        alpha: of the focal loss.
-        gamma: of the focal loss.
         easy: a negative entry is easy where its probability is below this.
     """
-    loss, _ = _loss_and_slope(logits, labels, alpha, gamma, slope=False)  # (R, K)
-    negative = torch.ones_like(loss, dtype=torch.bool)
+    negative = torch.ones_like(entries, dtype=torch.bool)
     positive = (labels >= 0).nonzero()[:, 0]  # (P,)
     negative[positive, labels[positive]] = False
-    share = (loss * (negative & (logits.sigmoid() < easy))).sum() / loss.sum().clamp(min=torch.finfo(loss.dtype).tiny)
-    return share
+    total = entries.sum().clamp(min=torch.finfo(entries.dtype).tiny)
+    return (entries * (negative & (logits.sigmoid() < easy))).sum() / total
 
 
 class _FocalLoss(torch.autograd.Function):

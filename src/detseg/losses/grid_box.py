@@ -10,10 +10,18 @@ Letters: P positive priors of all images, K classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class PositiveLoss(Protocol):
+    """A loss of the classes of positive priors, such as the last two below."""
+
+    def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the sum over rows of ``(P, K)`` with labels ``(P,)`` in 0..K-1 and weights ``(P,)``, a scalar."""
+        ...
 
 
 class GridBoxLoss(nn.Module):
@@ -25,6 +33,8 @@ class GridBoxLoss(nn.Module):
     Raises:
         ValueError: ``offset`` is another word.
     """
+
+    of_boxes: ClassVar[bool] = False
 
     def __init__(self, *, offset: Literal["squared", "cross_entropy"]) -> None:
         super().__init__()

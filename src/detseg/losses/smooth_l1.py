@@ -5,6 +5,8 @@ Not in the equation: the turning point beta of Faster R-CNN's published code; qu
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +35,8 @@ class SmoothL1(nn.Module):
     Raises:
         ValueError: ``beta`` is negative.
     """
+
+    of_boxes: ClassVar[bool] = False  # but of what a coder makes of them
 
     def __init__(self, *, beta: float = 1 / 9) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from detseg.models.ssd import SSD
     from detseg.models.ssdlite import SSDLite
     from detseg.models.unet import BackboneUNet, UNet
+    from detseg.models.yolo import YOLO
     from detseg.models.yolo_v1 import YOLOv1
     from detseg.models.yolo_v2 import YOLOv2
     from detseg.models.yolo_v3 import YOLOv3
@@ -48,6 +49,7 @@ _HOMES = {
     "YOLOv1": "yolo_v1",
     "YOLOv2": "yolo_v2",
     "YOLOv3": "yolo_v3",
+    "YOLO": "yolo",
 }
 """Public name -> file in this folder."""
 
@@ -55,6 +57,7 @@ __all__ = [
     "FCOS",
     "RCNN",
     "SSD",
+    "YOLO",
     "BackboneUNet",
     "CascadeRCNN",
     "CenterNet",

@@ -12,15 +12,16 @@ images, P positive references of all images, C candidates for detections.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.distribution import DistributionFocalLoss
 from detseg.losses.normalise import normaliser
+from detseg.losses.quality import ClassificationLoss
 from detseg.nn.backbone import Backbone
 from detseg.nn.normalize import Normalize
 from detseg.ops.nms import Suppression, suppress_per_image
@@ -28,9 +29,10 @@ from detseg.structures import Detections, Target
 from detseg.targets.crowds import inside_crowd, learnable
 from detseg.targets.lattice import Lattice, References, build_lattice
 from detseg.targets.matchers import BETWEEN
+from detseg.targets.sparse import paired_iou
+from detseg.targets.task_aligned import PredictionAssigner, Predictions
 
 CROWD_OVERLAP = 0.7  # share of a reference inside a crowd region from which it teaches nothing, as in Detectron
-PRIOR = 0.01  # foreground probability of every class before training (Lin et al. 2017, section 4.1)
 
 
 class Assigner(Protocol):
@@ -42,6 +44,9 @@ class Assigner(Protocol):
         ``image`` (G,) is the image of each box, ascending; ``batch`` is B.
         """
         ...
+
+
+AnyAssigner = Assigner | PredictionAssigner
 
 
 class Coder(Protocol):
@@ -56,16 +61,14 @@ class Coder(Protocol):
         ...
 
 
-class ClassificationLoss(Protocol):
-    """A loss of rows ``(R, K)``, summed over them with a weight each."""
-
-    def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return a scalar; ``labels`` (R,) are classes, negative for background, and ``weights`` is ``(R,)``."""
-        ...
-
-
 class BoxLoss(Protocol):
-    """A loss of pairs ``(P, 4)``, summed over them with a weight each."""
+    """A loss of pairs ``(P, 4)``, summed over them with a weight each.
+
+    Attributes:
+        of_boxes: whether the pairs are boxes in pixels; else they are what the coder makes of them.
+    """
+
+    of_boxes: ClassVar[bool]
 
     def __call__(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return a scalar; ``weights`` is ``(P,)``."""
@@ -78,7 +81,7 @@ class DenseOutputs:
 
     Attributes:
         logits: ``(B, N, K)`` of the classes; ``(B, N, K + 1)``, background first, where a softmax reads them (SSD).
-        regression: ``(B, N, 4)``, in the coder's terms.
+        regression: ``(B, N, 4)``, in the coder's terms; or ``(B, N, 4 * n)``, logits of n values for each of the four.
         quality: ``(B, N)`` logits of how good a box is, such as FCOS's centreness, or ``None``.
         references: lays the references over the levels.
         image_size: (height, width) of the padded images.
@@ -110,6 +113,7 @@ class Assignment:
         labels: ``(B * N,)`` int64: the class of each reference, negative for background and ignored ones.
         references: ``(P, 4)`` the positive references.
         scale: ``(B,)`` the weight of each image's references: one over the number of positives.
+        quality: ``(P,)`` in [0, 1], what each positive's class shall score, where the assigner says so, or ``None``.
     """
 
     matched: Tensor
@@ -118,23 +122,25 @@ class Assignment:
     labels: Tensor
     references: Tensor
     scale: Tensor
+    quality: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
-        """The scale of each positive's image, ``(P,)``."""
-        return self.scale[self.rows // self.matched.shape[1]]
+        """The scale of each positive's image, times its quality where the assigner gives one, ``(P,)``."""
+        own = self.scale[self.rows // self.matched.shape[1]]  # (P,)
+        return own if self.quality is None else own * self.quality
 
 
-class DenseDetector(nn.Module, ABC):
+class DenseDetector(nn.Module):
     """The composition that dense detectors share.
 
     Args:
         num_classes: foreground classes.
         backbone: gives pyramid levels of one width.
-        head: takes the levels, and gives logits ``(B, N, K)``, regression ``(B, N, 4)`` and quality ``(B, N)`` or
-            ``None``.
+        head: takes the levels, and gives logits ``(B, N, K)``, regression ``(B, N, 4)``, or ``(B, N, 4 * n)`` with a
+            ``distribution_loss`` of n bins, and quality ``(B, N)`` or ``None``.
         references: lays anchors, or squares around points, over the levels.
-        assigner: says which object each reference learns.
+        assigner: says which object each reference learns, by where it lies or by what is predicted there.
         coder: of boxes.
         classification_loss: of all references; called with logits ``(B * N, K)``, labels ``(B * N,)`` and weights
             ``(B * N,)`` for a scalar, where ``classification_term`` does not say otherwise.
@@ -145,9 +151,17 @@ class DenseDetector(nn.Module, ABC):
         score_threshold: detections must score higher, in [0, 1).
         top_k: how many candidates per level (in SSD: per class) go to NMS.
         max_detections: how many detections per image stay.
+        distribution_loss: of the positive ones, where the head predicts a distribution over the values of each number
+            and not the number itself; ``None`` where it does not.
+        loss_weights: factors of the terms ``classification``, ``box``, ``distribution`` and those of the paper; 1 for
+            those that are missing.
+
+    Raises:
+        ValueError: ``loss_weights`` has a term that the model has not.
     """
 
     backbone: Backbone
+    term_names: ClassVar[tuple[str, ...]] = ("classification", "box", "distribution")
 
     def __init__(
         self,
@@ -156,17 +170,20 @@ class DenseDetector(nn.Module, ABC):
         backbone: Backbone,
         head: nn.Module,
         references: References,
-        assigner: Assigner,
+        assigner: AnyAssigner,
         coder: Coder,
-        classification_loss: ClassificationLoss,
+        classification_loss: ClassificationLoss | Callable[..., Tensor],
         box_loss: BoxLoss,
         nms: Suppression,
         per_image: bool,
         score_threshold: float,
         top_k: int,
         max_detections: int,
+        distribution_loss: DistributionFocalLoss | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self.loss_weights = _check_weights(loss_weights, self.term_names)
         self.num_classes = num_classes
         self.normalize = Normalize(backbone.mean, backbone.std)
         self.backbone = backbone
@@ -176,6 +193,7 @@ class DenseDetector(nn.Module, ABC):
         self.coder = coder
         self.classification_loss = classification_loss
         self.box_loss = box_loss
+        self.distribution_loss = distribution_loss
         self.nms = nms
         self.per_image = per_image
         self.score_threshold = score_threshold
@@ -191,10 +209,11 @@ class DenseDetector(nn.Module, ABC):
         return DenseOutputs(logits, regression, quality, self.references, size, feature_sizes)
 
     def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
-        """Return ``loss_classification`` and the terms of the paper's ``box_terms``, scalars; see ``Detector.loss``."""
+        """Return ``loss_classification`` and the terms of ``box_terms``, scalars; see ``Detector.loss``."""
         assignment = self.assign(outputs, targets)
         terms = {"loss_classification": self.classification_term(outputs, assignment)}
-        return terms | self.box_terms(outputs, assignment)
+        terms |= self.box_terms(outputs, assignment)
+        return {name: term * self.loss_weights.get(name.removeprefix("loss_"), 1.0) for name, term in terms.items()}
 
     def classification_term(self, outputs: DenseOutputs, assignment: Assignment) -> Tensor:
         """Return the scalar loss of the classes, of every reference that is not ignored."""
@@ -202,40 +221,85 @@ class DenseDetector(nn.Module, ABC):
         if bool((assignment.matched == BETWEEN).any()):
             weights = weights.masked_fill(assignment.matched == BETWEEN, 0.0)
         logits = outputs.logits.flatten(0, 1)  # (B * N, K)
-        loss: Tensor = self.classification_loss(logits, assignment.labels, weights.flatten())
+        quality = self.quality(outputs, assignment)  # (B * N,) or None
+        loss: Tensor = self.classification_loss(logits, assignment.labels, weights.flatten(), quality)
         return loss
 
-    @abstractmethod
     def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
-        """Return the loss terms of the positive references by name."""
+        """Return ``loss_box`` of the positive references and, where they are distributions, ``loss_distribution``."""
+        raw = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4 * n)
+        codes, references = self.codes(raw), assignment.references  # (P, 4) each
+        wanted = self.coder.encode(assignment.boxes, references)  # (P, 4)
+        if self.box_loss.of_boxes:
+            boxes = self.coder.decode(codes, references)  # (P, 4)
+            terms = {"loss_box": self.box_loss(boxes, assignment.boxes, assignment.weights)}
+        else:
+            terms = {"loss_box": self.box_loss(codes, wanted, assignment.weights)}
+        if self.distribution_loss is not None:
+            terms["loss_distribution"] = self.distribution_loss(raw, wanted, assignment.weights)
+        return terms
+
+    def codes(self, regression: Tensor) -> Tensor:
+        """Return what the coder decodes ``(..., 4)``: the regression itself, or the expectation of ``(..., 4 * n)``."""
+        return regression if self.distribution_loss is None else self.distribution_loss.expectation(regression)
+
+    @torch.no_grad()
+    def quality(self, outputs: DenseOutputs, assignment: Assignment) -> Tensor | None:
+        """Return what the class of each reference shall score ``(B * N,)``, or ``None`` where it is 1 or 0."""
+        own = assignment.quality
+        if own is None:
+            if not getattr(self.classification_loss, "wants_quality", False):
+                return None
+            boxes = self._boxes(outputs, outputs.lattice, assignment.rows)  # (P, 4)
+            own = paired_iou(boxes, assignment.boxes).nan_to_num(0.0).clamp(0.0, 1.0)  # (P,)
+        return own.new_zeros(len(assignment.labels)).index_put_((assignment.rows,), own)
 
     def assign(self, outputs: DenseOutputs, targets: list[Target]) -> Assignment:
         """Say what every reference of a batch shall learn; crowd regions are ignored."""
         lattice = outputs.lattice
-        matched, objects, classes = self._match(lattice, targets)  # (B, N), (G, 4), (G,)
+        matched, score, objects, classes = self._match(outputs, lattice, targets)  # (B, N) twice, (G, 4), (G,)
         rows = (matched.flatten() >= 0).nonzero()[:, 0]  # (P,)
         box = matched.flatten()[rows]  # (P,)
         labels = torch.full_like(matched.flatten(), -1)  # (B * N,)
         labels[rows] = classes[box]
         # Not under no_grad as the matching is: the normaliser asks whether gradients are wanted (see there).
-        scale = self._scale(rows // lattice.total, len(targets))
-        return Assignment(matched, rows, objects[box], labels, lattice.boxes[rows % lattice.total], scale)
+        quality = None if score is None else score.flatten()[rows]  # (P,)
+        scale = self._scale(rows // lattice.total, len(targets), quality)
+        references = lattice.boxes[rows % lattice.total]  # (P, 4)
+        return Assignment(matched, rows, objects[box], labels, references, scale, quality)
 
     @torch.no_grad()
-    def _match(self, lattice: Lattice, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the object of each reference ``(B, N)``, and boxes ``(G, 4)`` and classes ``(G,)`` of the objects."""
+    def _match(
+        self, outputs: DenseOutputs, lattice: Lattice, targets: list[Target]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return the object of each reference ``(B, N)``, and what it shall score ``(B, N)`` if the assigner says so.
+
+        Boxes ``(G, 4)`` and classes ``(G,)`` of the objects follow.
+        """
         taught = [learnable(target) for target in targets]
         objects, image = flat_boxes(taught, lattice)  # (G, 4), (G,)
         classes = torch.cat([target.labels for target in taught])  # (G,)
-        matched = self.assigner(objects, image, len(targets), lattice)  # (B, N)
+        score = None
+        if isinstance(self.assigner, PredictionAssigner):
+            seen = Predictions(outputs.logits.flatten(0, 1), lambda rows: self._boxes(outputs, lattice, rows))
+            matched, score = self.assigner.align(objects, classes, image, len(targets), lattice, seen)  # (B, N) each
+        else:
+            matched = self.assigner(objects, image, len(targets), lattice)  # (B, N)
         for index, target in enumerate(targets):
             inside = inside_crowd(lattice.boxes, target, CROWD_OVERLAP)  # (N,)
             if inside is not None:
                 matched[index].masked_fill_(inside & (matched[index] < 0), BETWEEN)
-        return matched, objects, classes
+        return matched, score, objects, classes
 
-    def _scale(self, image: Tensor, batch: int) -> Tensor:
+    def _boxes(self, outputs: DenseOutputs, lattice: Lattice, rows: Tensor) -> Tensor:
+        """Return the predicted boxes of references counted through the batch ``(R,)``, ``(R, 4)`` xyxy pixels."""
+        codes = self.codes(outputs.regression.flatten(0, 1)[rows].float())  # (R, 4)
+        return self.coder.decode(codes, lattice.boxes[rows % lattice.total])
+
+    def _scale(self, image: Tensor, batch: int, quality: Tensor | None) -> Tensor:
         count = torch.bincount(image, minlength=batch)  # (B,)
+        if quality is not None:  # not bincount's weights, which a GPU adds up in any order
+            count = quality.new_zeros(batch).index_add_(0, image, quality)  # (B,)
         if self.per_image:
             return 1.0 / (count.clamp(min=1) * batch)
         return (1.0 / normaliser(count.sum())).expand(batch)
@@ -245,13 +309,13 @@ class DenseDetector(nn.Module, ABC):
         """Return detections per image, best first, clipped to ``sizes`` (B, 2); see ``Detector.predict``."""
         lattice = outputs.lattice
         image, reference, label, score = self.candidates(outputs)  # (C,) each
-        regression = outputs.regression[image, reference].float()  # (C, 4)
+        regression = outputs.regression[image, reference].float()  # (C, 4 * n)
         boxes = self.decode(regression, reference, lattice)  # (C, 4)
         return suppress_per_image(boxes, score, label, image, sizes, nms=self.nms, most=self.max_detections)
 
     def decode(self, regression: Tensor, reference: Tensor, lattice: Lattice) -> Tensor:
-        """Return boxes ``(C, 4)`` xyxy pixels of predictions ``(C, 4)`` about references, given by number ``(C,)``."""
-        return self.coder.decode(regression, lattice.boxes[reference])
+        """Return boxes ``(C, 4)`` xyxy pixels of ``(C, 4 * n)`` about references, given by number ``(C,)``."""
+        return self.coder.decode(self.codes(regression), lattice.boxes[reference])
 
     def scores(self, logits: Tensor, quality: Tensor | None) -> Tensor:
         """Return the scores ``(C,)`` of candidates from their class and quality logits ``(C,)``."""
@@ -280,6 +344,13 @@ class DenseDetector(nn.Module, ABC):
         return {name: count.sum().float() for name, count in zip(names, counts, strict=True)}
 
 
+def _check_weights(weights: Mapping[str, float] | None, terms: Sequence[str]) -> dict[str, float]:
+    given = {name: float(value) for name, value in (weights or {}).items()}
+    if unknown := sorted(set(given) - set(terms)):
+        raise ValueError(f"loss_weights has {unknown}; the terms of this model are {list(terms)}")
+    return given
+
+
 def flat_boxes(targets: list[Target], lattice: Lattice) -> tuple[Tensor, Tensor]:
     """Return the boxes of all images ``(G, 4)`` as float32 and the image of each ``(G,)`` int64."""
     boxes = torch.cat([target.boxes for target in targets]).to(lattice.boxes)  # (G, 4)
@@ -304,72 +375,3 @@ def best_per_group(scores: Tensor, group: Tensor, count: int, *, threshold: floa
     parts = zip(torch.split(kept, sizes), torch.split(scores[kept], sizes), strict=True)  # sorting all takes seconds
     best = [index[score.topk(min(count, len(score))).indices] for index, score in parts]
     return torch.cat(best) if best else kept
-
-
-def conv_tower(channels: int, depth: int, *, groups: int | None, nested: bool) -> nn.Sequential:
-    """Return the 3x3 convolutions before a prediction, each with group norm where ``groups`` is given, and a ReLU.
-
-    Args:
-        channels: in and out.
-        depth: how many convolutions.
-        groups: of the group norm, or ``None`` for none.
-        nested: each convolution with its norm and ReLU in a ``Sequential`` of its own, as the keys of torchvision's
-            RetinaNet have it (``conv.0.0.weight``), or all in one row, as its FCOS has it (``conv.0.weight``).
-
-    Raises:
-        ValueError: the channels cannot be parted into groups.
-    """
-    if groups is not None and channels % groups:
-        raise ValueError(f"conv_tower: {channels} channels cannot be parted into {groups} groups; change one of them")
-    blocks = []
-    for _ in range(depth):
-        # RetinaNet v2 drops the bias before a norm, FCOS keeps it: as their published weights have it.
-        block: list[nn.Module] = [nn.Conv2d(channels, channels, 3, padding=1, bias=groups is None or not nested)]
-        block += [] if groups is None else [nn.GroupNorm(groups, channels)]
-        blocks.append([*block, nn.ReLU(inplace=True)])
-    rows = [nn.Sequential(*block) for block in blocks] if nested else [part for block in blocks for part in block]
-    return nn.Sequential(*rows)
-
-
-def initialise_head(head: nn.Module, prediction: nn.Conv2d | None = None) -> None:
-    """Draw all convolutions from N(0, 0.01) and start the classes at probability 0.01 (Lin et al., section 4.1)."""
-    for layer in head.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=0.01)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    if prediction is not None and prediction.bias is not None:
-        nn.init.constant_(prediction.bias, -math.log((1 - PRIOR) / PRIOR))
-
-
-def flatten_level(level: Tensor, width: int) -> Tensor:
-    """Turn a prediction ``(B, A * width, H, W)`` into ``(B, H * W * A, width)``; no copy where channels come last."""
-    return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, width)  # (B, H * W * A, width)
-
-
-def one_width(backbone: Backbone) -> int:
-    """Return the width of all levels.
-
-    Raises:
-        ValueError: the levels differ in width, so no head can be shared by them.
-    """
-    if len(set(backbone.channels)) != 1:
-        raise ValueError(
-            f"the levels of the backbone have {backbone.channels} channels, but one head serves all; "
-            "give them one width with detseg.nn.BackboneWithFPN"
-        )
-    return backbone.channels[0]
-
-
-def check_levels(references: References, backbone: Backbone, counts: Sequence[int]) -> int:
-    """Return how many references a cell has.
-
-    Raises:
-        ValueError: there is not one count per level, or they differ.
-    """
-    if len(counts) != len(backbone.strides) or len(set(counts)) != 1:
-        raise ValueError(
-            f"{references} has {list(counts)} references per cell on its levels; the backbone has levels of strides "
-            f"{backbone.strides}: give one list of sizes per level, all of one length"
-        )
-    return counts[0]

@@ -15,16 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.grid_box import PositiveLoss
 from detseg.models.dense import (
     Assignment,
     BoxLoss,
-    ClassificationLoss,
     DenseDetector,
     DenseOutputs,
     best_per_group,
-    check_levels,
-    flatten_level,
 )
+from detseg.models.dense_heads import check_levels, flatten_level
 from detseg.nn.backbone import Backbone
 from detseg.nn.darknet import dark_convolution
 from detseg.ops.nms import Suppression
@@ -99,7 +98,7 @@ class PriorDetector(DenseDetector):
         objectness: float,
         assigner: PriorAssigner,
         coder: GridCoder,
-        classification_loss: ClassificationLoss,
+        classification_loss: PositiveLoss,
         box_loss: BoxLoss,
         box_weight: float,
         class_weight: float,

@@ -11,26 +11,18 @@ Letters: B images, N anchors of one image, A anchors per cell, K classes, P posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.distribution import DistributionFocalLoss
 from detseg.losses.focal import FocalLoss, negative_share
+from detseg.losses.quality import ClassificationLoss
 from detseg.losses.smooth_l1 import SmoothL1
-from detseg.models.dense import (
-    Assigner,
-    Assignment,
-    BoxLoss,
-    DenseDetector,
-    DenseOutputs,
-    check_levels,
-    conv_tower,
-    flatten_level,
-    initialise_head,
-    one_width,
-)
+from detseg.models.dense import AnyAssigner, BoxLoss, Coder, DenseDetector, DenseOutputs
+from detseg.models.dense_heads import check_levels, conv_tower, flatten_level, initialise_head, one_width
 from detseg.models.torchvision_weights import ClassLayer, load_torchvision
 from detseg.nn.backbone import Backbone
 from detseg.ops.nms import BatchedNMS, Suppression
@@ -57,17 +49,18 @@ class ClassificationHead(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """A tower, then four box deltas per anchor, the same for every class."""
+    """A tower, then four box deltas per anchor, the same for every class, or ``bins`` logits for each of the four."""
 
-    def __init__(self, *, channels: int, anchors: int, depth: int, groups: int | None) -> None:
+    def __init__(self, *, channels: int, anchors: int, depth: int, groups: int | None, bins: int = 1) -> None:
         super().__init__()
+        self.width = 4 * bins
         self.conv = conv_tower(channels, depth, groups=groups, nested=True)
-        self.bbox_reg = nn.Conv2d(channels, anchors * 4, 3, padding=1)
+        self.bbox_reg = nn.Conv2d(channels, anchors * self.width, 3, padding=1)
         initialise_head(self)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Return deltas ``(B, N, 4)`` of all levels ``(B, C, H, W)``."""
-        return torch.cat([flatten_level(self.bbox_reg(self.conv(level)), 4) for level in levels], 1)
+        """Return deltas ``(B, N, 4 * bins)`` of all levels ``(B, C, H, W)``."""
+        return torch.cat([flatten_level(self.bbox_reg(self.conv(level)), self.width) for level in levels], 1)
 
 
 class RetinaNetHead(nn.Module):
@@ -79,17 +72,20 @@ class RetinaNetHead(nn.Module):
         num_classes: K.
         depth: convolutions before each prediction.
         groups: of the group norm in the towers, or ``None`` for none.
+        bins: values per delta, of which a distribution is predicted; 1 predicts the delta itself.
     """
 
-    def __init__(self, *, channels: int, anchors: int, num_classes: int, depth: int, groups: int | None) -> None:
+    def __init__(
+        self, *, channels: int, anchors: int, num_classes: int, depth: int, groups: int | None, bins: int = 1
+    ) -> None:
         super().__init__()
         self.classification_head = ClassificationHead(
             channels=channels, anchors=anchors, num_classes=num_classes, depth=depth, groups=groups
         )
-        self.regression_head = RegressionHead(channels=channels, anchors=anchors, depth=depth, groups=groups)
+        self.regression_head = RegressionHead(channels=channels, anchors=anchors, depth=depth, groups=groups, bins=bins)
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor, None]:
-        """Return logits ``(B, N, K)``, deltas ``(B, N, 4)`` and no quality."""
+        """Return logits ``(B, N, K)``, deltas ``(B, N, 4 * bins)`` and no quality."""
         return self.classification_head(levels), self.regression_head(levels), None
 
 
@@ -105,7 +101,9 @@ class RetinaNet(DenseDetector):
         assigner: of anchors to boxes; ``None`` gives the paper's IoUs of 0.5 and 0.4.
         coder: of boxes; ``None`` gives R-CNN's without weights.
         classification_loss: ``None`` gives focal loss with alpha 0.25 and gamma 2.
-        box_loss: of the deltas; ``None`` gives L1.
+        box_loss: of the deltas, or of the boxes that they decode to; ``None`` gives L1 of the deltas.
+        distribution_loss: where given, every delta is predicted as a distribution over its values (GFL).
+        loss_weights: factors of the terms ``classification``, ``box`` and ``distribution``; 1 where missing.
         nms: ``None`` gives NMS per class at IoU 0.5.
         per_image: divide by the positives of each image (torchvision), or by those of the batch (paper).
         score_threshold: detections must score higher, in [0, 1).
@@ -114,7 +112,7 @@ class RetinaNet(DenseDetector):
         weights: torchvision's name of published weights, such as ``COCO_V1``, or the path of a state dict.
     """
 
-    classification_loss: FocalLoss
+    classification_loss: ClassificationLoss
 
     def __init__(
         self,
@@ -124,10 +122,12 @@ class RetinaNet(DenseDetector):
         anchors: AnchorGenerator | None = None,
         head_depth: int = 4,
         head_groups: int | None = None,
-        assigner: Assigner | None = None,
-        coder: BoxCoder | None = None,
-        classification_loss: FocalLoss | None = None,
+        assigner: AnyAssigner | None = None,
+        coder: Coder | None = None,
+        classification_loss: ClassificationLoss | None = None,
         box_loss: BoxLoss | None = None,
+        distribution_loss: DistributionFocalLoss | None = None,
+        loss_weights: Mapping[str, float] | None = None,
         nms: Suppression | None = None,
         per_image: bool = True,
         score_threshold: float = 0.05,
@@ -142,6 +142,7 @@ class RetinaNet(DenseDetector):
             num_classes=num_classes,
             depth=head_depth,
             groups=head_groups,
+            bins=1 if distribution_loss is None else distribution_loss.bins,
         )
         super().__init__(
             num_classes=num_classes,
@@ -152,6 +153,8 @@ class RetinaNet(DenseDetector):
             coder=coder or BoxCoder(),
             classification_loss=classification_loss or FocalLoss(),
             box_loss=box_loss or SmoothL1(beta=0.0),
+            distribution_loss=distribution_loss,
+            loss_weights=loss_weights,
             nms=nms or BatchedNMS(threshold=0.5),
             per_image=per_image,
             score_threshold=score_threshold,
@@ -163,12 +166,6 @@ class RetinaNet(DenseDetector):
             builder = "retinanet_resnet50_fpn" if head_groups is None else "retinanet_resnet50_fpn_v2"
             load_torchvision(self, weights, builder=builder, layers=[layer])
 
-    def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
-        """Return ``loss_box``: of the deltas of the positive anchors."""
-        deltas = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4)
-        wanted = self.coder.encode(assignment.boxes, assignment.references)  # (P, 4)
-        return {"loss_box": self.box_loss(deltas, wanted, assignment.weights)}
-
     @torch.no_grad()
     def diagnostics(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
         """Return what only this family has, scalars.
@@ -179,13 +176,10 @@ class RetinaNet(DenseDetector):
         """
         assignment = self.assign(outputs, targets)
         counted = (assignment.matched.flatten() != BETWEEN).nonzero()[:, 0]  # ignored anchors have no loss
-        loss = self.classification_loss
-        share = negative_share(
-            outputs.logits.flatten(0, 1)[counted].float(),
-            assignment.labels[counted],
-            alpha=loss.alpha,
-            gamma=loss.gamma,
-        )
+        logits, labels = outputs.logits.flatten(0, 1)[counted].float(), assignment.labels[counted]  # (R, K), (R,)
+        quality = self.quality(outputs, assignment)  # (B * N,) or None
+        entries = self.classification_loss.entries(logits, labels, None if quality is None else quality[counted])
+        share = negative_share(entries, logits, labels)
         return self.positives_per_level(assignment, outputs.lattice) | {"easy_negative_share": share}
 
 

@@ -29,8 +29,8 @@ from detseg.models.dense import (
     DenseDetector,
     DenseOutputs,
     best_per_group,
-    flatten_level,
 )
+from detseg.models.dense_heads import flatten_level
 from detseg.models.torchvision_weights import ClassLayer, Renames, load_torchvision
 from detseg.nn import Normalize
 from detseg.nn.backbone import Backbone

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detseg.losses.grid_box import ClassSoftmaxLoss, GridBoxLoss
-from detseg.models.dense import Assignment, BoxLoss, ClassificationLoss, DenseOutputs, flat_boxes
+from detseg.losses.grid_box import ClassSoftmaxLoss, GridBoxLoss, PositiveLoss
+from detseg.models.dense import Assignment, BoxLoss, DenseOutputs, flat_boxes
 from detseg.models.prior_detector import PriorDetector
 from detseg.nn.backbone import Backbone
 from detseg.ops.nms import BatchedNMS, Suppression
@@ -61,7 +61,7 @@ class YOLOv2(PriorDetector):
         box_weight: float = 1.0,
         class_weight: float = 1.0,
         coder: GridCoder | None = None,
-        classification_loss: ClassificationLoss | None = None,
+        classification_loss: PositiveLoss | None = None,
         box_loss: BoxLoss | None = None,
         nms: Suppression | None = None,
         score_threshold: float = 0.05,

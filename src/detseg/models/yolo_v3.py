@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detseg.losses.grid_box import GridBoxLoss, LogisticLoss
-from detseg.models.dense import PRIOR, Assignment, BoxLoss, ClassificationLoss, DenseOutputs
+from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, PositiveLoss
+from detseg.models.dense import Assignment, BoxLoss, DenseOutputs
+from detseg.models.dense_heads import PRIOR
 from detseg.models.prior_detector import PriorDetector
 from detseg.nn.backbone import Backbone
 from detseg.ops.nms import BatchedNMS, Suppression
@@ -60,7 +61,7 @@ class YOLOv3(PriorDetector):
         class_weight: float = 1.0,
         objectness_weight: float = 1.0,
         coder: GridCoder | None = None,
-        classification_loss: ClassificationLoss | None = None,
+        classification_loss: PositiveLoss | None = None,
         box_loss: BoxLoss | None = None,
         nms: Suppression | None = None,
         score_threshold: float = 0.05,

@@ -3,6 +3,7 @@
 from detseg.nn.aggregation import DeepAggregation
 from detseg.nn.atrous_vgg import AtrousVGG16
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.csp import CSPBackbone
 from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
 from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
 from detseg.nn.deconv import DeconvBackbone
@@ -12,6 +13,7 @@ from detseg.nn.hourglass import StackedHourglass
 from detseg.nn.mobile import MobileNetV3
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from detseg.nn.pan import BackboneWithPAN
 from detseg.nn.tiny import TinyBackbone
 from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 
@@ -23,7 +25,9 @@ __all__ = [
     "BackboneWithConcat",
     "BackboneWithExtras",
     "BackboneWithFPN",
+    "BackboneWithPAN",
     "BackboneWithPassthrough",
+    "CSPBackbone",
     "CheckpointMismatch",
     "Darknet19",
     "Darknet53",

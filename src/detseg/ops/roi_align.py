@@ -85,7 +85,8 @@ def by_level(
 
 
 def _roi_align(feature: Tensor, regions: Tensor, scale: float, *, output_size: int, sampling_ratio: int) -> Tensor:
-    return torchvision.ops.roi_align(feature, regions, output_size, scale, sampling_ratio)
+    pooled: Tensor = torchvision.ops.roi_align(feature, regions, output_size, scale, sampling_ratio)
+    return pooled
 
 
 def _bags(

@@ -11,12 +11,47 @@ torchvision: only the cells that a box can reach are looked at; the result is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from detseg.targets.lattice import Lattice, Shapes, Windows, expand_windows, pick_best, within
+from detseg.targets.anchors import grid_strides
+from detseg.targets.lattice import Lattice, Shapes, Spacing, Windows, expand_windows, pick_best, within
 
 _AREA_TOP = 1e8  # px^2; float32 rounds top - area to multiples of 8, and torchvision breaks ties after that rounding
+
+
+@dataclass(frozen=True)
+class CellGrid:
+    """References that are the cells themselves: squares of one stride about the points that YOLO predicts from.
+
+    Their centres lie half a stride from those of an ``AnchorGenerator``'s squares.
+    """
+
+    def strides(self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]) -> list[Spacing]:
+        """Return (vertical, horizontal) pixels between the cells of each level; see ``grid_strides``."""
+        return [*grid_strides(image_size, feature_sizes)]
+
+    def __call__(
+        self, feature_sizes: Sequence[tuple[int, int]], strides: Sequence[Spacing], device: torch.device | str
+    ) -> list[Tensor]:
+        """Return ``(H * W, 4)`` xyxy pixels per level, by row and column.
+
+        Args:
+            feature_sizes: (H, W) of each level.
+            strides: (vertical, horizontal) pixels between the cells of each level.
+            device: where the squares shall live.
+        """
+        levels = []
+        for (height, width), (down, across) in zip(feature_sizes, strides, strict=True):
+            y = torch.arange(height, dtype=torch.float32, device=device) * down  # (H,)
+            x = torch.arange(width, dtype=torch.float32, device=device) * across  # (W,)
+            rows, cols = torch.meshgrid(y, x, indexing="ij")  # (H, W) each
+            level = torch.stack((cols, rows, cols + across, rows + down), dim=-1)  # (H, W, 4)
+            levels.append(level.reshape(-1, 4))
+        return levels
 
 
 class DistanceCoder:
