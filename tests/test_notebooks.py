@@ -39,4 +39,6 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 3, "the notebook shows pictures"
-    assert (tmp_path / "runs").is_dir(), "its runs land where it was started, not in the repository"
+    source = "".join(cell.source for cell in notebook.cells)
+    trains = "trainer.fit(" in source or "detseg.train(" in source
+    assert (tmp_path / "runs").is_dir() == trains, "its runs land where it was started, not in the repository"
