@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.normalise import weighted_sum
+
 
 def expectation(logits: Tensor, *, low: float, high: float) -> Tensor:
     """Return the expected value of each distribution, ``(...)`` in [low, high] (equation 5).
@@ -48,7 +50,7 @@ def distribution_focal_loss(
     index = left.long()[..., None]  # (P, 4, 1)
     beside = log.gather(-1, torch.cat((index, index + 1), dim=-1))  # (P, 4, 2)
     loss = -torch.lerp(beside[..., 0], beside[..., 1], share).mean(dim=-1)  # (P,)
-    return loss.sum() if weights is None else (loss * weights).sum()
+    return weighted_sum(loss, weights)
 
 
 class DistributionFocalLoss(nn.Module):

@@ -15,6 +15,9 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detseg.losses.normalise import weighted_sum
+from detseg.losses.quality import bce_loss
+
 
 class PositiveLoss(Protocol):
     """A loss of the classes of positive priors, such as the last two below."""
@@ -55,7 +58,7 @@ class GridBoxLoss(nn.Module):
             place = (prediction[:, :2].sigmoid() - target[:, :2]).square()  # (P, 2)
         else:
             place = F.binary_cross_entropy_with_logits(prediction[:, :2], target[:, :2], reduction="none")  # (P, 2)
-        return _total((place + growth).sum(dim=1), weights)
+        return weighted_sum((place + growth).sum(dim=1), weights)
 
 
 class ClassSoftmaxLoss(nn.Module):
@@ -63,7 +66,7 @@ class ClassSoftmaxLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the sum over rows of ``(P, K)`` with labels ``(P,)`` in 0..K-1 and weights ``(P,)``, a scalar."""
-        return _total(F.cross_entropy(logits, labels, reduction="none"), weights)
+        return weighted_sum(F.cross_entropy(logits, labels, reduction="none"), weights)
 
 
 class LogisticLoss(nn.Module):
@@ -71,10 +74,4 @@ class LogisticLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the sum over rows of ``(P, K)`` with labels ``(P,)`` in 0..K-1 and weights ``(P,)``, a scalar."""
-        wanted = F.one_hot(labels, logits.shape[1]).to(logits)  # (P, K)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)  # (P,)
-        return _total(loss, weights)
-
-
-def _total(loss: Tensor, weights: Tensor | None) -> Tensor:
-    return loss.sum() if weights is None else (loss * weights).sum()
+        return bce_loss(logits, labels, weights)

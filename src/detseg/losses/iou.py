@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
+from detseg.losses.normalise import weighted_sum
+
 LEAST_SIDE = 1e-3  # pixels
 
 
@@ -29,17 +31,17 @@ def iou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None, *, e
     side = (torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])).clamp(min=0)
     inter = side.prod(1)  # (P,)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)  # (P,)
-    return _total(-(inter / (areas - inter).clamp(min=eps)).clamp(min=eps).log(), weights)
+    return weighted_sum(-(inter / (areas - inter).clamp(min=eps)).clamp(min=eps).log(), weights)
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the summed 1 - GIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar."""
-    return _total(generalized_box_iou_loss(boxes, targets), weights)
+    return weighted_sum(generalized_box_iou_loss(boxes, targets), weights)
 
 
 def diou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the summed 1 - DIoU of pairs of boxes ``(P, 4)`` xyxy, weighted by ``weights`` (P,), a scalar."""
-    return _total(distance_box_iou_loss(boxes, targets), weights)
+    return weighted_sum(distance_box_iou_loss(boxes, targets), weights)
 
 
 def ciou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -50,7 +52,7 @@ def ciou_loss(boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
     """
     corner, end = boxes[:, :2], boxes[:, 2:]  # (P, 2) each
     sided = torch.cat((corner, torch.maximum(end, corner + LEAST_SIDE)), dim=1)  # (P, 4)
-    return _total(complete_box_iou_loss(sided, targets), weights)
+    return weighted_sum(complete_box_iou_loss(sided, targets), weights)
 
 
 class IoULoss(nn.Module):
@@ -91,7 +93,3 @@ class CIoULoss(nn.Module):
     def forward(self, boxes: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the weighted sum over pairs of boxes ``(P, 4)``; see ``ciou_loss``."""
         return ciou_loss(boxes, targets, weights)
-
-
-def _total(loss: Tensor, weights: Tensor | None) -> Tensor:
-    return loss.sum() if weights is None else (loss * weights).sum()

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, distributed
 
 
+def weighted_sum(loss: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the sum of losses ``(P,)`` with weights ``(P,)``, a scalar; ``None`` weighs all by 1."""
+    return loss.sum() if weights is None else (loss * weights).sum()
+
+
 def normaliser(count: Tensor, *, least: float = 1.0) -> Tensor:
     """Return by what the sum of a loss is divided: the count, at least ``least``; in training its average over ranks.
 
