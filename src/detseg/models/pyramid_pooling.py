@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torchvision
 from torch import Tensor
 
 from detseg.models.region_features import RegionFeatures
+from detseg.ops.roi_pool import roi_pool
 
 
 class PyramidPooling(RegionFeatures):
@@ -56,5 +56,5 @@ class PyramidPooling(RegionFeatures):
                 "as [16]"
             )
         level, regions = features[0].float(), regions.float()  # half precision is off by whole pixels
-        pooled = [torchvision.ops.roi_pool(level, regions, count, 1.0 / strides[0]) for count in self.bins]
+        pooled = [roi_pool(level, regions, 1.0 / strides[0], output_size=count) for count in self.bins]
         return torch.cat([part.flatten(1) for part in pooled], dim=1)  # (R, D)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from detseg.ops.roi_align import by_level, pyramid_roi_align
+from detseg.ops.roi_pool import roi_pool
 
 
 class RegionFeatures(nn.Module):
@@ -151,11 +152,7 @@ class RegionPool(RegionGrid):
         regions = regions.float()  # in half precision coordinates are off by whole pixels
         level = self.assign(regions[:, 1:], strides)  # (R,)
         features = [feature.float() for feature in used]
-        return by_level(self._pool, features, regions, level, strides)
-
-    def _pool(self, feature: Tensor, regions: Tensor, scale: float) -> Tensor:
-        pooled: Tensor = torchvision.ops.roi_pool(feature, regions, self.output_size, scale)
-        return pooled
+        return by_level(partial(roi_pool, output_size=self.output_size), features, regions, level, strides)
 
 
 def assign_levels(boxes: Tensor, strides: Sequence[int], canonical_size: float, canonical_level: int) -> Tensor:
