@@ -84,3 +84,14 @@ def test_any_image_size() -> None:
         result = model(torch.rand(1, 3, height, width))
         assert result.logits.shape == (1, 4) and result.boxes.shape == (1, 4)
         assert len(model.predict(result, torch.tensor([[height, width]]))) == 1
+
+
+def test_accuracies_by_hand() -> None:
+    """Right; missed by the box; the other, smaller object; nothing, and nothing seen; nothing, but something seen."""
+    logits = F.one_hot(torch.tensor([1, 1, 2, 0, 3]), 4).float()
+    boxes = to_shares(torch.tensor([[10.0, 5, 30, 25]] * 5), (50, 100))
+    near, far = (12.0, 5.0, 30.0, 25.0), (60.0, 20.0, 90.0, 50.0)
+    truth = [target(near), target(far), target(far, near, labels=[0, 1]), target(), target()]
+    found = localiser().diagnostics(outputs(logits, boxes), truth)
+    assert_close(found["classified"], torch.tensor(4 / 5))
+    assert_close(found["localised"], torch.tensor(3 / 5))

@@ -27,7 +27,7 @@ from detseg.models.box_branch import RegionHead, TwoLayerHead
 from detseg.models.dense import BoxLoss
 from detseg.nn.backbone import Backbone
 from detseg.nn.normalize import Normalize
-from detseg.ops.boxes import clip_boxes
+from detseg.ops.boxes import box_iou, clip_boxes
 from detseg.structures import Detections, Target
 from detseg.targets.crowds import learnable
 
@@ -117,6 +117,27 @@ class Localiser(nn.Module):
         boxes = clip_boxes(boxes[:, None], sizes)  # (B, 1, 4)
         found = [Detections(box, score[row, None], label[row, None]) for row, box in enumerate(boxes)]
         return [one[one.scores > self.score_threshold] for one in found]
+
+    @torch.no_grad()
+    def diagnostics(self, outputs: LocaliserOutputs, targets: list[Target]) -> dict[str, Tensor]:
+        """Return ILSVRC's two accuracies with one guess per image, scalars in [0, 1].
+
+        ``classified`` is the share of images whose likeliest class is that of some object in them (of background where
+        they have none), ``localised`` that where its box also has an IoU of 0.5 with an object of the class.
+        """
+        classified, localised = [], []
+        guesses = outputs.logits.argmax(dim=1).cpu()  # (B,) 0 is background
+        boxes = from_shares(outputs.boxes.float(), outputs.image_size).cpu()  # (B, 4)
+        for guess, box, target in zip(guesses, boxes, targets, strict=True):
+            objects = learnable(target)
+            rows = (objects.labels.cpu() == guess - 1).nonzero().flatten()  # (n,) objects of the class
+            empty = len(objects) == 0 and int(guess) == 0
+            classified.append(empty or len(rows) > 0)
+            localised.append(empty or bool((box_iou(box[None], objects.boxes.cpu()[rows]) >= 0.5).any()))
+        return {
+            name: outputs.logits.new_tensor(right).mean()
+            for name, right in {"classified": classified, "localised": localised}.items()
+        }
 
 
 def largest_object(target: Target) -> Target:
