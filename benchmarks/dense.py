@@ -45,22 +45,23 @@ def step(options: argparse.Namespace) -> Iterator[str]:
         "detseg",
         "torchvision, channels last",
         "detseg, channels last",
+        "detseg, channels last, bf16-mixed",
         "plain / plain",
         "channels last / plain",
         "channels last / their better",
+        "bf16-mixed / plain float32",
         "loss apart",
     )
     for name in options.models:
         height, width, batch = SIDES.get(name, HEIGHT), SIDES.get(name, WIDTH), BATCHES[name]
-        timing = measure(
-            name, draw(batch=batch, objects=10, height=height, width=width), options.rounds, "cpu", LAYOUTS
-        )
-        theirs, ours, their_last, our_last = timing.seconds
+        data = draw(batch=batch, objects=10, height=height, width=width)
+        timing = measure(name, data, options.rounds, "cpu", LAYOUTS, half=True)
+        theirs, ours, their_last, our_last, half = timing.seconds
         better = min((theirs, their_last), key=statistics.median)
-        ratios = [paired_ratio(theirs, ours), paired_ratio(theirs, our_last), paired_ratio(better, our_last)]
+        pairs = (theirs, ours), (theirs, our_last), (better, our_last), (theirs, half)
+        ratios = [f"{paired_ratio(*pair):.2f}x" for pair in pairs]
         rates = [f"{rate:.2f}" for rate in timing.rates(batch)]
-        size = f"{batch} of {height} x {width}"
-        yield _row(name, size, *rates, *(f"{ratio:.2f}x" for ratio in ratios), f"{timing.apart:.0e}")
+        yield _row(name, f"{batch} of {height} x {width}", *rates, *ratios, f"{timing.apart:.0e}")
 
 
 def infer(options: argparse.Namespace) -> Iterator[str]:

@@ -91,7 +91,8 @@ def measure(system: str, folder: Path, count: int) -> Row:
     run = sorted(folder.glob("*/*/metrics.json"))[-1].parent
     predictor = detseg.load(run / "checkpoints" / "best.ckpt")
     model: Any = predictor.model
-    clock = Timed(model.proposer) if model.proposer is not None else None
+    proposer = getattr(model, "proposer", None)  # one-stage models have none
+    clock = None if proposer is None else Timed(proposer)
     if clock is not None:
         model.proposer = clock
     split = detseg.build(detseg.load_config(f"experiment={folder.name}")).data.dataset("val")

@@ -100,7 +100,9 @@ class Learner:
             self.first = {self.names.get(name, name): value.detach() for name, value in losses.items()}
 
 
-def contenders(name: str, data: Data, device: str, layout: torch.memory_format) -> tuple[Learner, Learner]:
+def contenders(
+    name: str, data: Data, device: str, layout: torch.memory_format, *, half: bool = False
+) -> tuple[Learner, Learner]:
     """Return torchvision's model and ours, ready to learn the batch.
 
     Args:
@@ -108,6 +110,7 @@ def contenders(name: str, data: Data, device: str, layout: torch.memory_format) 
         data: the batch.
         device: where they learn.
         layout: of the weights of both; images are brought into it where a model asks for a batch.
+        half: ours multiplies in bfloat16 (``features=bf16``), its losses are of float32.
     """
     torch.manual_seed(1)
     theirs, ours = (model.to(device).to(memory_format=layout) for model in twins(name))
@@ -121,17 +124,25 @@ def contenders(name: str, data: Data, device: str, layout: torch.memory_format) 
 
     def our_losses(model: Any) -> Terms:
         images = data.images.contiguous(memory_format=layout)  # (B, 3, H, W)
-        return model.loss(model(images, data.sizes, data.targets), data.targets)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            return model.loss(model(images, data.sizes, data.targets), data.targets)
 
     names = DENSE_NAMES if name in DENSE else NAMES
     return Learner(theirs, lambda model: model(pictures, truth), names), Learner(ours, our_losses, {})
 
 
 def measure(
-    name: str, data: Data, rounds: int, device: str, layouts: Sequence[torch.memory_format] = (torch.contiguous_format,)
+    name: str,
+    data: Data,
+    rounds: int,
+    device: str,
+    layouts: Sequence[torch.memory_format] = (torch.contiguous_format,),
+    *,
+    half: bool = False,
 ) -> Timing:
-    """Time torchvision's and our steps in turns, for every layout."""
+    """Time torchvision's and our steps in turns, for every layout; with ``half`` also ours in bfloat16 in the last."""
     learners = [learner for layout in layouts for learner in contenders(name, data, device, layout)]
+    learners += [contenders(name, data, device, layouts[-1], half=True)[1]] if half else []
     seconds = seconds_in_turns(learners, rounds, device=device)
     theirs, ours = learners[0].first, learners[1].first
     return Timing(seconds, max(float((ours[key] / value - 1).abs()) for key, value in theirs.items()))

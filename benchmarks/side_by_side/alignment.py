@@ -89,7 +89,7 @@ def ours(scene: Scene, lattice: Lattice) -> tuple[Tensor, Tensor]:
     batch, count = scene.classes.shape
     image = torch.arange(batch).repeat_interleave(count)  # (B * G,)
     flat = scene.predicted.flatten(0, 1)  # (B * N, 4)
-    seen = Predictions(scene.logits.flatten(0, 1), lambda rows: flat[rows])
+    seen = Predictions(scene.logits.flatten(0, 1), lambda rows: flat.index_select(0, rows))
     assigner = TaskAlignedAssigner(top_k=TOP_K, alpha=ALPHA, beta=BETA)
     return assigner.align(scene.boxes.flatten(0, 1), scene.classes.flatten(), image, batch, lattice, seen)
 
