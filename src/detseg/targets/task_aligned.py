@@ -185,7 +185,7 @@ class TaskAlignedAssigner:
         box = own.index_select(0, part)  # (C,)
         score, iou = scene.score(cell, box), scene.iou(cell, box)  # (C,) each
         aligned = (score**self.alpha).mul_(iou**self.beta).nan_to_num_(0.0)  # (C,) equation 5
-        best = _top(part, aligned, self.top_k)  # (M,)
+        best = _top(part, aligned, len(own), self.top_k)  # (M,)
         return _Matches(box, cell, aligned, iou).take(best[(aligned[best] > 0).nonzero()[:, 0]])
 
     def __repr__(self) -> str:
@@ -200,7 +200,7 @@ def _scores(found: _Matches, count: int) -> Tensor:
     return found.aligned / best[0][found.box] * best[1][found.box]
 
 
-def _top(owner: Tensor, values: Tensor, count: int) -> Tensor:
+def _top(owner: Tensor, values: Tensor, owners: int, count: int) -> Tensor:
     """Return the indices of the ``count`` largest values of each owner, owner by owner, among equals the first.
 
     Owner and value are packed into one integer, so that one sort does for all: the bits of floats >= 0 sort like
@@ -208,19 +208,19 @@ def _top(owner: Tensor, values: Tensor, count: int) -> Tensor:
     least the smallest of the hands' best.
 
     Args:
-        owner: ``(C,)`` int64 in [0, 2 ** 31).
+        owner: ``(C,)`` int64 in [0, owners).
         values: ``(C,)`` float32, >= 0.
-        count: how many stay.
+        owners: how many there are, below 2 ** 31.
+        count: how many values of each stay.
     """
     hand = owner * count + torch.arange(len(owner), device=owner.device) % count  # (C,)
-    size = int(owner.max()) + 1 if len(owner) else 0
-    best = values.new_zeros(size * count).scatter_reduce_(0, hand, values, "amax")  # (owners * count,)
-    least = best.view(size, count).amin(1)  # (owners,)
+    best = values.new_zeros(owners * count).scatter_reduce_(0, hand, values, "amax")  # (owners * count,)
+    least = best.view(owners, count).amin(1)  # (owners,)
     kept = (values >= least.index_select(0, owner)).nonzero()[:, 0]  # (M,)
     owner, values = owner[kept], values[kept]
     keys = (owner << 32) | (0x7FFFFFFF - values.view(torch.int32).long())  # (M,)
     order = keys.sort(stable=True).indices  # (M,)
-    number = torch.bincount(owner)  # (owners,)
+    number = torch.bincount(owner, minlength=owners)  # (owners,)
     rank = torch.arange(len(owner), device=owner.device) - (number.cumsum(0) - number)[owner[order]]  # (M,)
     return kept[order[(rank < count).nonzero()[:, 0]]]
 
