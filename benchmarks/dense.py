@@ -104,22 +104,24 @@ def yolo(options: argparse.Namespace) -> Iterator[str]:
     if options.peer_python is None:
         yield peer.skipped("yolo")
         return
-    rates: list[list[float]] = [[], []]
-    version = ""
+    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         yolo_training.write_orchard(folder / "data")
         for turn in range(2):
-            place = folder / str(turn)
-            given = folder / "data", place / "theirs", options.epochs, options.mosaic
-            ends, version = yolo_training.theirs(*given, options.peer_python)
-            rates[0].append(yolo_training.rate(ends))
-            ends = yolo_training.ours(folder / "data", place / "ours", options.epochs, options.mosaic)
-            rates[1].append(yolo_training.rate(ends))
+            given = options.epochs, options.mosaic
+            ends, version = yolo_training.theirs(
+                folder / "data", folder / f"theirs_{turn}", *given, options.peer_python
+            )
+            rates.setdefault(f"Ultralytics {version}, yolo11n", []).append(yolo_training.rate(ends))
+            for features in ((), ("channels_last",)):
+                label = " ".join(["detseg, model=yolo (n)", *features])
+                ends = yolo_training.ours(folder / "data", folder / f"{label}_{turn}", *given, *features)
+                rates.setdefault(label, []).append(yolo_training.rate(ends))
     yield _head("trainer", "images/s", "ratio")
-    yield _row(f"Ultralytics {version}, yolo11n", f"{statistics.median(rates[0]):.2f}", "")
-    ratio = statistics.median(own / their for their, own in zip(*rates, strict=True))
-    yield _row("detseg, model=yolo (n)", f"{statistics.median(rates[1]):.2f}", f"{ratio:.2f}x")
+    theirs = next(iter(rates.values()))
+    for label, own in rates.items():
+        yield _row(label, f"{statistics.median(own):.2f}", f"{paired_ratio(own, theirs):.2f}x")
     numbers = f"{yolo_training.TRAIN} + {yolo_training.VAL} images of {yolo_training.PIXELS} pixels"
     yield f"\n{numbers}, batch {yolo_training.BATCH}, mosaic {'on' if options.mosaic else 'off'} in both, AdamW, EMA."
 

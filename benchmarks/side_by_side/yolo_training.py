@@ -22,6 +22,7 @@ from side_by_side import peer
 from torchvision.io import write_png
 
 import detseg
+from detseg.engine.errors import quiet
 
 PIXELS = 320
 TRAIN, VAL = 160, 40
@@ -64,12 +65,14 @@ def _lines(target: Any) -> list[str]:
     return [f"{label} " + " ".join(f"{v:.6f}" for v in row) for label, row in zip(target.labels, rows, strict=True)]
 
 
-def ours(data: Path, folder: Path, epochs: int, mosaic: bool) -> list[float]:
-    """Train ours on the files; return when each epoch ended."""
+def ours(data: Path, folder: Path, epochs: int, mosaic: bool, *features: str) -> list[float]:
+    """Train ours on the files, with some of ``conf/features`` besides; return when each epoch ended."""
+    quiet()
     recipe = ["augment=yolo", "data.train_transform.augment.mixup=0", "data.train_transform.augment.multi_scale=null"]
     recipe += ["data.train_transform.augment.close_epochs=0"]
     cfg = detseg.load_config(
-        *["model=yolo", "data=yolo", "optimizer=adamw", "features=ema", "paths=notebook", "trainer=cpu", "logger=csv"],
+        *["model=yolo", "data=yolo", "optimizer=adamw", "paths=notebook", "trainer=cpu", "logger=csv"],
+        f"features=[{','.join(('ema', *features))}]",
         *(recipe if mosaic else []),
         f"data.root={data}",
         f"data.batch_size={BATCH}",
@@ -78,6 +81,7 @@ def ours(data: Path, folder: Path, epochs: int, mosaic: bool) -> list[float]:
         f"trainer.max_epochs={epochs}",
         "callbacks.images=null",
         "callbacks.curves=null",
+        "callbacks.progress=null",
         f"paths.output_dir={folder}",
     )
     run = detseg.build(cfg)
