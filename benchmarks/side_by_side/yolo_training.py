@@ -42,6 +42,7 @@ class Clock(L.Callback):
 
 def write_orchard(folder: Path) -> None:
     """Draw both splits into ``folder`` as YOLO has them: data.yaml, images/ and labels/."""
+    quiet()
     sizes = [f"data.image_size={PIXELS}", f"data.train_images={TRAIN}", f"data.val_images={VAL}"]
     data = detseg.build(detseg.load_config("data=orchard", "paths=notebook", *sizes)).data
     for split in ("train", "val"):
@@ -67,7 +68,6 @@ def _lines(target: Any) -> list[str]:
 
 def ours(data: Path, folder: Path, epochs: int, mosaic: bool, *features: str) -> list[float]:
     """Train ours on the files, with some of ``conf/features`` besides; return when each epoch ended."""
-    quiet()
     recipe = ["augment=yolo", "data.train_transform.augment.mixup=0", "data.train_transform.augment.multi_scale=null"]
     recipe += ["data.train_transform.augment.close_epochs=0"]
     cfg = detseg.load_config(
