@@ -17,11 +17,7 @@ from shared import REPO, SHARED
 CONF = REPO / "conf"
 GROUPS = ("model", "data", "task", "optimizer", "scheduler", "trainer", "callbacks", "logger", "debug", "launcher")
 GROUPS += ("sweep", "experiment", "features", "augment")
-FILES = sorted(
-    f"{path.parent.name}={path.stem}"
-    for group in (*GROUPS, "sweep", "experiment")
-    for path in CONF.glob(f"{group}/*.yaml")
-)
+FILES = sorted(f"{path.parent.name}={path.stem}" for group in GROUPS for path in CONF.glob(f"{group}/*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 DATA_KEYS = {"batch_size": 2, "eval_batch_size": 2, "num_workers": 0}
 MISSING = ("data=coco", "data=voc", "data=yolo", "data=masks")  # these need a root from the user
