@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None =
     """
     rows = []
     for key, value in figures.items():
-        if _COUNT.search(key) or (_is_tensor(value) and value.ndim > 1):  # nor are curves and matrices
+        if _COUNT.search(key) or (not isinstance(value, float | int) and value.ndim > 1):  # nor are curves and matrices
             continue
         for index, number in _entries(value):
             name = key if index is None else f"{key} {_name(index, class_names)}"
@@ -44,16 +44,14 @@ def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None =
     return rows
 
 
-def _is_tensor(value: Value) -> TypeGuard[Tensor]:
-    return not isinstance(value, float | int)
-
-
 def _entries(value: Value) -> Iterator[tuple[int | None, float | int]]:
     """Yield (None, number) of a scalar, (label, number) of a per-class tensor."""
-    if _is_tensor(value):
-        yield from enumerate(value.detach().cpu().tolist()) if value.ndim else [(None, value.item())]
-    else:
+    if isinstance(value, float | int):
         yield None, value
+    elif value.ndim:
+        yield from enumerate(value.detach().cpu().tolist())
+    else:
+        yield None, value.item()
 
 
 def _name(index: int, class_names: Sequence[str] | None) -> str:
@@ -69,5 +67,5 @@ def _text(key: str, index: int | None, number: float | int, figures: Mapping[str
     tail = "_per_class" if index is not None else f"_{size.group(1)}" if size else ""
     count = figures.get(f"{prefix}{_OWN_COUNT.get(figure, '')}count{tail}", 0)
     unit = "pixels" if figure in _OF_PIXELS else "objects"
-    number_of = count.reshape(-1)[index or 0].item() if _is_tensor(count) else count
+    number_of = count if isinstance(count, float | int) else count.reshape(-1)[index or 0].item()
     return f"n/a ({number_of:g} {unit})"
