@@ -5,6 +5,7 @@ Update in the step, compute at the end of the epoch. A figure that rests on no o
 
 from __future__ import annotations
 
+from detseg.metrics.boundary import BoundaryQuality
 from detseg.metrics.coco_ap import CocoAP
 from detseg.metrics.confusion import BoxConfusion
 from detseg.metrics.mask_quality import MaskQuality
@@ -13,4 +14,13 @@ from detseg.metrics.proposal_recall import ProposalRecall
 from detseg.metrics.table import table_rows
 from detseg.metrics.voc_ap import VocAP
 
-__all__ = ["BoxConfusion", "CocoAP", "MaskQuality", "MeanIoU", "ProposalRecall", "VocAP", "table_rows"]
+__all__ = [
+    "BoundaryQuality",
+    "BoxConfusion",
+    "CocoAP",
+    "MaskQuality",
+    "MeanIoU",
+    "ProposalRecall",
+    "VocAP",
+    "table_rows",
+]
