@@ -15,6 +15,15 @@ from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from detseg.nn.pan import BackboneWithPAN
 from detseg.nn.tiny import TinyBackbone
+from detseg.nn.upsampling import (
+    BedOfNails,
+    BilinearUpsampling,
+    MaxUnpooling,
+    NearestUpsampling,
+    ResizeConvolution,
+    TransposedConvolution,
+    Upsampling,
+)
 from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 
 __all__ = [
@@ -27,18 +36,25 @@ __all__ = [
     "BackboneWithFPN",
     "BackboneWithPAN",
     "BackboneWithPassthrough",
+    "BedOfNails",
+    "BilinearUpsampling",
     "CSPBackbone",
     "CheckpointMismatch",
     "Darknet19",
     "Darknet53",
     "DeconvBackbone",
     "DeepAggregation",
+    "MaxUnpooling",
     "MobileNetV3",
+    "NearestUpsampling",
     "Normalize",
+    "ResizeConvolution",
     "StackedHourglass",
     "TimmBackbone",
     "TinyBackbone",
     "TorchvisionBackbone",
+    "TransposedConvolution",
+    "Upsampling",
     "YOLOv1Body",
     "freeze_batch_norm",
     "load_weights",
