@@ -7,6 +7,7 @@ from detseg.nn.csp import CSPBackbone
 from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
 from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
 from detseg.nn.deconv import DeconvBackbone
+from detseg.nn.dilated_resnet import DilatedResNet
 from detseg.nn.extra_levels import BackboneWithExtras
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.hourglass import StackedHourglass
@@ -24,6 +25,7 @@ from detseg.nn.upsampling import (
     TransposedConvolution,
     Upsampling,
 )
+from detseg.nn.vgg import VGGEncoder
 from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Darknet53",
     "DeconvBackbone",
     "DeepAggregation",
+    "DilatedResNet",
     "MaxUnpooling",
     "MobileNetV3",
     "NearestUpsampling",
@@ -55,6 +58,7 @@ __all__ = [
     "TorchvisionBackbone",
     "TransposedConvolution",
     "Upsampling",
+    "VGGEncoder",
     "YOLOv1Body",
     "freeze_batch_norm",
     "load_weights",
