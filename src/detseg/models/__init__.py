@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from detseg.models.centernet import CenterNet
     from detseg.models.contract import Detector, Segmenter
     from detseg.models.cornernet import CornerNet
+    from detseg.models.deeplabv3 import DeepLabV3
     from detseg.models.fast_rcnn import FastRCNN
     from detseg.models.faster_rcnn import FasterRCNN
+    from detseg.models.fcn import FCN
     from detseg.models.fcos import FCOS
     from detseg.models.localiser import Localiser
     from detseg.models.mask_rcnn import MaskRCNN
@@ -33,7 +35,9 @@ _HOMES = {
     "CascadeRCNN": "cascade_rcnn",
     "CenterNet": "centernet",
     "CornerNet": "cornernet",
+    "DeepLabV3": "deeplabv3",
     "Detector": "contract",
+    "FCN": "fcn",
     "FCOS": "fcos",
     "FastRCNN": "fast_rcnn",
     "FasterRCNN": "faster_rcnn",
@@ -54,6 +58,7 @@ _HOMES = {
 """Public name -> file in this folder."""
 
 __all__ = [
+    "FCN",
     "FCOS",
     "RCNN",
     "SSD",
@@ -62,6 +67,7 @@ __all__ = [
     "CascadeRCNN",
     "CenterNet",
     "CornerNet",
+    "DeepLabV3",
     "Detector",
     "FastRCNN",
     "FasterRCNN",

@@ -50,7 +50,8 @@ class UNet(SemanticSegmenter):
         std: divided by.
         upsample: makes the layer that doubles a map from its channels, width and factor.
         tile: side of the tiles of logits that are computed one after the other, 388 in the paper; ``None`` computes
-            the whole image at once. The logits are the same but for dropout; the memory is that of one tile.
+            the whole image at once. The logits are the same, but for dropout and batch norm in training, which see
+            one tile; the memory is that of one tile.
         loss: gives the named terms; ``None`` means plain cross entropy.
         separation: w0 of the weight map (10 in the paper), 0 for none; needs instance masks.
         regions: without instance masks, the connected regions of each class but 0 are the objects.
