@@ -32,7 +32,13 @@ SMALL = [name for name in NAMES if name.endswith("_small")]
 SIZES = torch.tensor([[32, 64], [25, 50]])  # valid height and width; both images are padded to 32 x 64
 NORM_OR_DROPOUT = ("Norm", "Dropout", "DropPath")
 FIXED_SIZE = ("yolo_v1",)  # fully connected layers take images of one size alone
-COARSE = {"fcn32s_small": 0.3}
+COARSE = {
+    "autoencoder_small": 0.5,
+    "fcn16s_small": 0.8,
+    "fcn32s_small": 0.55,
+    "same_size_small": 0.5,
+    "sliding_window_small": 0.5,
+}
 """Segmenters whose logits are too coarse to learn fruit of a few pixels by heart: what mean IoU they reach."""
 STEPS = 240  # two images must be known by heart after so many
 

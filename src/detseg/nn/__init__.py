@@ -3,6 +3,7 @@
 from detseg.nn.aggregation import DeepAggregation
 from detseg.nn.atrous_vgg import AtrousVGG16
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
+from detseg.nn.convolutionalise import LinearAsConvolution, convolutionalise
 from detseg.nn.csp import CSPBackbone
 from detseg.nn.dark_necks import BackboneWithConcat, BackboneWithPassthrough
 from detseg.nn.darknet import Darknet19, Darknet53, YOLOv1Body
@@ -11,6 +12,7 @@ from detseg.nn.dilated_resnet import DilatedResNet
 from detseg.nn.extra_levels import BackboneWithExtras
 from detseg.nn.fpn import BackboneWithFPN
 from detseg.nn.hourglass import StackedHourglass
+from detseg.nn.mirrored import MirroredDecoder
 from detseg.nn.mobile import MobileNetV3
 from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -47,7 +49,9 @@ __all__ = [
     "DeconvBackbone",
     "DeepAggregation",
     "DilatedResNet",
+    "LinearAsConvolution",
     "MaxUnpooling",
+    "MirroredDecoder",
     "MobileNetV3",
     "NearestUpsampling",
     "Normalize",
@@ -60,6 +64,7 @@ __all__ = [
     "Upsampling",
     "VGGEncoder",
     "YOLOv1Body",
+    "convolutionalise",
     "freeze_batch_norm",
     "load_weights",
     "read_state",
