@@ -22,8 +22,8 @@ def test_every_architecture_takes_every_size(arch):
 
 
 def test_logits_are_the_librarys():
-    model = SMP(num_classes=3, arch="fpn", encoder="resnet18", options={"decoder_segmentation_channels": 16}).eval()
-    theirs = smp.FPN("resnet18", encoder_weights=None, classes=3, decoder_segmentation_channels=16).eval()
+    model = SMP(num_classes=3, arch="fpn", encoder="resnet18", options={"decoder_segmentation_channels": 32}).eval()
+    theirs = smp.FPN("resnet18", encoder_weights=None, classes=3, decoder_segmentation_channels=32).eval()
     theirs.load_state_dict(model.network.state_dict())
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_the_command_line_of_a_segformer():
 def test_errors_name_what_there_is():
     with pytest.raises(ValueError, match=r"no architecture 'Unot'; it has .*DeepLabV3Plus.*Unet"):
         SMP(num_classes=3, arch="Unot")
-    with pytest.raises(ValueError, match="Unet has no option 'decoder_width'; it has .*decoder_channels"):
+    with pytest.raises(ValueError, match=r"Unet has no option 'decoder_width'; it has .*decoder_channels"):
         SMP(num_classes=3, arch="Unet", options={"decoder_width": 3})
     with pytest.raises(ValueError, match="cannot be built with encoder 'resnet1'"):
         SMP(num_classes=3, arch="Unet", encoder="resnet1")

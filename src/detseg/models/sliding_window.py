@@ -118,9 +118,9 @@ class SlidingWindow(SemanticSegmenter):
         """Classify patch by patch, a row of the grid at a time."""
         rows = []
         for strip in canvas.unfold(2, self.patch, self.step).unbind(2):  # (B, 3, W', p)
-            patches = strip.unfold(2, self.patch, self.step)  # (B, 3, m, p, p), the strip's own rows last but one
+            patches = strip.unfold(2, self.patch, self.step)  # (B, 3, m, p, p)
             patches = patches.permute(0, 2, 1, 3, 4)  # (B, m, 3, p, p)
-            scores = self.classifier(self.features(patches.transpose(3, 4).flatten(0, 1)))  # (B * m, K)
+            scores = self.classifier(self.features(patches.flatten(0, 1)))  # (B * m, K)
             rows.append(scores.unflatten(0, patches.shape[:2]))  # (B, m, K)
         return torch.stack(rows, dim=1).permute(0, 3, 1, 2)  # (B, K, n, m)
 

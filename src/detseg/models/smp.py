@@ -69,8 +69,10 @@ class SMP(SemanticSegmenter):
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"SMP: {arch} cannot be built with encoder {encoder!r}: {error}") from error
         self.normalize = Normalize(mean, std)
-        # DeepLab's own stride is 8 or 16, but its encoder halves five times in the way up to that; 32 suits all
+        # DeepLab's own stride is 8 or 16, but some decoders beside it want 32; that suits all
         self.step = max(32, int(getattr(self.network.encoder, "output_stride", 32)))
+        # Batch norm wants more than one cell; PAN pools its last map thrice
+        self.least = self.step * (4 if isinstance(self.network, smp.PAN) else 2)
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
         """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read.
@@ -79,7 +81,7 @@ class SMP(SemanticSegmenter):
             ValueError: in training, the batch is too small for a batch norm after global pooling.
         """
         height, width = images.shape[-2:]
-        images = pad_to_multiple(self.normalize(images, sizes), self.step, least=2 * self.step)  # (B, 3, H', W')
+        images = pad_to_multiple(self.normalize(images, sizes), self.step, least=self.least)  # (B, 3, H', W')
         try:
             logits: Tensor = self.network(images)  # (B, K, H', W')
         except ValueError as error:
