@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # torch's own convention
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from detseg.losses.map_loss import MapLoss, SumOfLosses
 from detseg.losses.segmentation import SegmentationLoss
 from detseg.losses.separation import connected_regions, separation_weights
+from detseg.models.inference import Inference
 from detseg.structures import SemanticMap, Target
 
 AnyMapLoss = SegmentationLoss | MapLoss | SumOfLosses
@@ -20,19 +22,22 @@ AnyMapLoss = SegmentationLoss | MapLoss | SumOfLosses
 
 @dataclass
 class SegmenterOutputs:
-    """What a segmenter with an auxiliary head gives.
+    """What a segmenter gives beside its logits.
 
     Attributes:
         logits: ``(B, K, H, W)`` at the size of the images.
         auxiliary: ``(B, K, h, w)``, logits of the auxiliary head at its own resolution; enlarged in the loss alone.
+            ``None`` where a model has none.
+        images: ``(B, 3, H, W)`` RGB in [0, 1] that the model saw; kept where ``SemanticSegmenter.inference`` is set.
     """
 
     logits: Tensor
-    auxiliary: Tensor
+    auxiliary: Tensor | None = None
+    images: Tensor | None = None
 
 
 Outputs = Tensor | SegmenterOutputs
-"""Of a segmenter's ``forward``: the logits, and those of an auxiliary head where it has one."""
+"""Of a segmenter: the logits, and those of an auxiliary head where it has one."""
 
 
 class SemanticSegmenter(nn.Module):
@@ -65,6 +70,9 @@ class SemanticSegmenter(nn.Module):
         self.criterion: AnyMapLoss = SegmentationLoss() if loss is None else loss
         self.separation, self.regions = separation, regions
         self.auxiliary_weight = auxiliary_weight
+        self.inference: Inference | None = None
+        """How ``predict`` asks the model, if not just by its logits; may be set at any time. See ``Inference``."""
+        self.register_forward_hook(_keep_images, with_kwargs=True)
 
     def loss(self, outputs: Outputs, targets: list[Target]) -> dict[str, Tensor]:
         """Return named scalar terms; those of an auxiliary head are called ``loss_auxiliary_...``.
@@ -82,7 +90,7 @@ class SemanticSegmenter(nn.Module):
         if self.separation:
             weights = stack_separation(targets, logits, self.separation, regions=self.regions)
         terms: dict[str, Tensor] = self.criterion(logits, labels, weights)
-        if isinstance(outputs, SegmenterOutputs):
+        if isinstance(outputs, SegmenterOutputs) and outputs.auxiliary is not None:
             early = resize_logits(outputs.auxiliary, (logits.shape[-2], logits.shape[-1]))  # (B, K, H, W)
             terms = terms | {
                 key.replace("loss_", "loss_auxiliary_", 1): self.auxiliary_weight * value
@@ -91,17 +99,36 @@ class SemanticSegmenter(nn.Module):
         return terms
 
     def predict(self, outputs: Outputs, sizes: Tensor) -> list[SemanticMap]:
-        """Return the likeliest class of each valid pixel.
+        """Return the likeliest class of each valid pixel, asked as ``inference`` says where it is set.
 
         Args:
             outputs: ``(B, K, H, W)`` logits, or with those of an auxiliary head, which is not read.
             sizes: ``(B, 2)`` int64, the valid height and width of each image.
         """
+        if self.inference is not None and isinstance(outputs, SegmenterOutputs) and outputs.images is not None:
+            return self._ask(self.inference, outputs.logits, outputs.images, sizes)
         labels = logits_of(outputs).argmax(dim=1)  # (B, H, W)
         return [
             SemanticMap(labels=image[:height, :width])
             for image, (height, width) in zip(labels, sizes.tolist(), strict=True)
         ]
+
+    @torch.no_grad()
+    def _ask(self, inference: Inference, logits: Tensor, images: Tensor, sizes: Tensor) -> list[SemanticMap]:
+        def ask(some: Tensor) -> Tensor:
+            return logits_of(self.forward(some))
+
+        return [SemanticMap(labels=found.argmax(0)) for found in inference(ask, logits, images, sizes)]
+
+
+def _keep_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Outputs) -> Outputs | None:
+    """Put the images beside the outputs where ``predict`` will need them; a forward hook."""
+    if getattr(module, "inference", None) is None:
+        return None
+    images = args[0] if args else kwargs["images"]  # (B, 3, H, W)
+    if isinstance(outputs, SegmenterOutputs):
+        return replace(outputs, images=images)
+    return SegmenterOutputs(outputs, images=images)
 
 
 def logits_of(outputs: Outputs) -> Tensor:

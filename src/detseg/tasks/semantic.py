@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from detseg.metrics import BoundaryQuality, MeanIoU
+from detseg.models.inference import Inference, ask_by
 from detseg.structures import SemanticMap, Target
 from detseg.tasks.base import Task, per_class, scalars
 
@@ -18,12 +19,15 @@ class SemanticSegmentation(Task):
 
     Args:
         boundary: also ``boundary_iou`` and ``boundary_f``, over all classes and per class: how well borders are drawn.
+        inference: how validation and test ask the model; ``None`` leaves that as it is, one pass over the image.
         **common: arguments of ``Task``.
     """
 
-    def __init__(self, *, boundary: bool = False, **common: Any) -> None:
+    def __init__(self, *, boundary: bool = False, inference: Inference | None = None, **common: Any) -> None:
         self.boundary = boundary
         super().__init__(**common)
+        if inference is not None:
+            ask_by(self.model, inference)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return mean IoU over the whole split, and the quality of borders where it is asked for."""
