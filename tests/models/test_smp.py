@@ -49,3 +49,10 @@ def test_errors_name_what_there_is():
     model = SMP(num_classes=3, arch="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050").train()
     with pytest.raises(ValueError, match="trains on batches of 2 images or more"):
         model(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("encoder", ["tu-hf-hub:someone/something", "tu-local-dir:/somewhere"])
+def test_an_encoder_is_never_fetched_from_a_place_of_its_own(encoder):
+    section = {"_target_": "detseg.models.smp.SMP", "num_classes": 3, "arch": "Unet", "encoder": encoder}
+    with pytest.raises(ValueError, match=encoder):
+        instantiate(section, path="model")

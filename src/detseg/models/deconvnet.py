@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from detseg.models.segmenter import AnyMapLoss, SemanticSegmenter, pad_to_multiple
 from detseg.nn import MaxUnpooling, MirroredDecoder, Normalize, VGGEncoder
+from detseg.nn.undrawn import undrawn
 from detseg.structures import Target
 
 
@@ -68,9 +68,7 @@ class DeconvNet(SemanticSegmenter):
             weights=weights,
         )
         self.normalize = Normalize(self.backbone.mean, self.backbone.std)
-        back: Any = nn.utils.skip_init(
-            nn.ConvTranspose2d, fully_connected, widths[-1], kernel, padding=kernel // 2, bias=False
-        )
+        back = undrawn(lambda: nn.ConvTranspose2d(fully_connected, widths[-1], kernel, padding=kernel // 2, bias=False))
         nn.init.kaiming_uniform_(back.weight.transpose(0, 1), nonlinearity="relu")
         self.back = nn.Sequential(back, nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
         self.decoder = MirroredDecoder(widths=widths, convolutions=convolutions, upsample=upsample, transposed=True)
@@ -82,5 +80,5 @@ class DeconvNet(SemanticSegmenter):
         step = self.backbone.output_stride
         images = pad_to_multiple(self.normalize(images, sizes), step, least=2 * step)  # (B, 3, H', W')
         maps, switches = self.backbone.with_switches(images)
-        logits = self.head(self.decoder(self.back(maps), switches))  # (B, K, H', W')
+        logits: Tensor = self.head(self.decoder(self.back(maps), switches))  # (B, K, H', W')
         return logits[:, :, :height, :width]

@@ -60,5 +60,5 @@ class SegNet(SemanticSegmenter):
         step = self.backbone.output_stride
         images = pad_to_multiple(self.normalize(images, sizes), step, least=2 * step)  # (B, 3, H', W')
         maps, switches = self.backbone.with_switches(images)
-        logits = self.head(self.decoder(maps, switches))  # (B, K, H', W')
+        logits: Tensor = self.head(self.decoder(maps, switches))  # (B, K, H', W')
         return logits[:, :, :height, :width]

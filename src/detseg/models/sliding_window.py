@@ -90,7 +90,7 @@ class SlidingWindow(SemanticSegmenter):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has a bias
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
         """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
+from detseg.nn.undrawn import undrawn
+
 
 class LinearAsConvolution(nn.Module):
     """A fully connected layer applied at every place; its weights stay the layer's own.
@@ -45,11 +47,10 @@ class LinearAsConvolution(nn.Module):
     def convolution(self) -> nn.Conv2d:
         """Return a convolution with a copy of the weights."""
         outputs, (channels, height, width) = self.layer.out_features, self.shape
-        result = nn.utils.skip_init(
-            nn.Conv2d, channels, outputs, (height, width), bias=self.layer.bias is not None, device=self.kernel.device
-        )
-        result.load_state_dict({"weight": self.kernel} | ({} if self.layer.bias is None else {"bias": self.layer.bias}))
-        assert isinstance(result, nn.Conv2d)
+        bias = self.layer.bias  # ``None`` where there is none, whatever torch's types say
+        result = undrawn(lambda: nn.Conv2d(channels, outputs, (height, width), bias=bias is not None))
+        result.to(self.kernel.device)
+        result.load_state_dict({"weight": self.kernel} | ({} if bias is None else {"bias": bias}))
         return result
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
 from detseg.nn.backbone import Backbone, published_weights
+from detseg.nn.undrawn import undrawn
 from detseg.nn.weights import load_weights
 from detseg.ops.upsampling import pool_with_switches
 
@@ -140,10 +140,9 @@ def _fully_connected(channels: int, width: int, kernel: int, dilation: int, drop
     """Return fc6 and fc7 as convolutions that keep the size, drawn but once: they are large."""
     if not width:
         return nn.Sequential()
-    six: Any = nn.utils.skip_init(
-        nn.Conv2d, channels, width, kernel, padding=dilation * (kernel // 2), dilation=dilation
-    )
-    seven: Any = nn.utils.skip_init(nn.Conv2d, width, width, 1)
+    padding = dilation * (kernel // 2)
+    six = undrawn(lambda: nn.Conv2d(channels, width, kernel, padding=padding, dilation=dilation))
+    seven = undrawn(lambda: nn.Conv2d(width, width, 1))
     layers = nn.Sequential(
         six, nn.ReLU(inplace=True), nn.Dropout(dropout), seven, nn.ReLU(inplace=True), nn.Dropout(dropout)
     )

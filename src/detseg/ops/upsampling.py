@@ -143,8 +143,10 @@ def checkerboard_energy(maps: Tensor, factor: int) -> Tensor:
     rows, columns = maps.shape[-2] // factor, maps.shape[-1] // factor
     if rows == 0 or columns == 0:
         raise ValueError(f"maps of {tuple(maps.shape[-2:])} have no block of {factor} by {factor} cells")
-    blocks = maps[:, :, : rows * factor, : columns * factor].unflatten(3, (columns, factor))  # (B, C, H, w, f)
-    blocks = blocks.unflatten(2, (rows, factor))  # (B, C, h, f, w, f)
+    whole = maps[:, :, : rows * factor, : columns * factor]
+    blocks = whole.reshape(*maps.shape[:2], rows, factor, columns, factor)  # (B, C, h, f, w, f)
     places = blocks.mean(dim=(2, 4)).flatten(2)  # (B, C, f * f)
     energy = blocks.square().mean(dim=(2, 3, 4, 5))  # (B, C)
-    return places.var(dim=2, correction=0) / energy.clamp(min=torch.finfo(maps.dtype).tiny)
+    pattern = places.var(dim=2, correction=0)  # (B, C)
+    share: Tensor = pattern / energy.clamp(min=torch.finfo(maps.dtype).tiny)
+    return share
