@@ -45,8 +45,8 @@ def validate(task: tasks.Task, target: Target, tmp_path: Path) -> dict[str, Any]
     return dict(trainer(tmp_path).validate(task, loader(batch([target])), verbose=False)[0])
 
 
-def make(kind: type[tasks.Task], model: nn.Module, names: list[str] = NAMES) -> tasks.Task:
-    return kind(model=model, optimizer=SGD, class_names=names, monitor="val/loss", mode="min")
+def make(kind: type[tasks.Task], model: nn.Module, names: list[str] = NAMES, **more: object) -> tasks.Task:
+    return kind(model=model, optimizer=SGD, class_names=names, monitor="val/loss", mode="min", **more)
 
 
 def test_one_stage_and_anchor_free_are_one_class_with_the_models_diagnostics(tmp_path: Path):
@@ -111,6 +111,18 @@ def test_semantic_logs_iou_per_class(tmp_path: Path):
     assert logged["val/dice/pear"] == pytest.approx(2 * 0.75 / 1.75)  # Dice = 2 IoU / (1 + IoU)
     assert "val/iou/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
     assert logged["val/pixel_accuracy"] == pytest.approx(0.75)
+    assert "val/boundary_iou" not in logged
+
+
+def test_semantic_logs_borders_where_they_are_asked_for(tmp_path: Path):
+    """The border between pear and apple is not seen at all."""
+    labels = torch.ones(16, 16, dtype=torch.int64)
+    labels[:8, :8] = 0
+    target = Target(boxes(), torch.zeros(0, dtype=torch.int64), semantic=SemanticMap(labels), image_id=1, size=(16, 16))
+    task = make(tasks.SemanticSegmentation, FakeSegmenter(), ["apple", "pear", "plum"], boundary=True)
+    logged = validate(task, target, tmp_path)
+    assert logged["val/boundary_iou"] == 0 and logged["val/boundary_f/pear"] == 0
+    assert "val/boundary_f/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["some", "none"])

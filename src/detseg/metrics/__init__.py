@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from detseg.metrics.boundary import BoundaryQuality
     from detseg.metrics.coco_ap import CocoAP
     from detseg.metrics.confusion import BoxConfusion
     from detseg.metrics.mask_quality import MaskQuality
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from detseg.metrics.voc_ap import VocAP
 
 _HOMES = {
+    "BoundaryQuality": "boundary",
     "BoxConfusion": "confusion",
     "CocoAP": "coco_ap",
     "MaskQuality": "mask_quality",
@@ -28,7 +30,7 @@ _HOMES = {
     "table_rows": "table",
 }
 
-__all__ = ["BoxConfusion", "CocoAP", "MaskQuality", "MeanIoU", "ProposalRecall", "VocAP", "table_rows"]
+__all__ = ["BoundaryQuality", "BoxConfusion", "CocoAP", "MaskQuality", "MeanIoU", "ProposalRecall", "VocAP", "table_rows"]
 
 
 def __getattr__(name: str) -> Any:
