@@ -19,6 +19,7 @@ from detseg.nn import (
     TinyBackbone,
     TransposedConvolution,
     VGGEncoder,
+    load_weights,
 )
 from segmenter_cases import maps
 
@@ -112,8 +113,9 @@ def test_a_new_skip_changes_nothing_at_first():
     coarse = FCN(num_classes=3, backbone=body(32)).eval()
     randomise(coarse)
     fine = FCN(num_classes=3, backbone=body(16, 32), skips=1).eval()
-    fine.backbone.load_state_dict(coarse.backbone.state_dict())
-    fine.classifier.load_state_dict(coarse.classifier.state_dict())
+    dropped = load_weights(fine, coarse.state_dict(), drop_head=True)  # what init_from and drop_head=true do
+    assert sorted(dropped) == ["enlarge.0.weight", "enlarge.1.weight", "skip_scores.0.bias", "skip_scores.0.weight"]
+    assert_close(fine.classifier.weight, coarse.classifier.weight)
     images = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
         scores = coarse.classifier(coarse.backbone(coarse.normalize(images))[-1])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from detseg.nn import VGGEncoder
+from detseg.nn.vgg import SubgridConvolution
 from detseg.ops.upsampling import unpool
 
 
@@ -60,6 +61,18 @@ def test_a_dilated_body_sees_what_the_strided_one_sees():
     assert wanted.shape == coarse.shape
     # the left-out pooling took the largest of four, so the dilated map is no copy; its channels are the same
     assert dilated.channels[-1] == strided.channels[-1] == 8
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 3)])
+def test_subgrids_are_the_dilated_convolution(dilation, size):
+    layer = SubgridConvolution(3, 4, 5, padding=2 * dilation, dilation=dilation)
+    maps = torch.randn(2, 3, *size, requires_grad=True)
+    ours = layer(maps)
+    theirs = F.conv2d(maps, layer.weight, layer.bias, padding=2 * dilation, dilation=dilation)
+    assert_close(ours, theirs)
+    slopes = [torch.autograd.grad(value.square().sum(), [maps, layer.weight]) for value in (ours, theirs)]
+    assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-4)
 
 
 def test_switches_lead_back():

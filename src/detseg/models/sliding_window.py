@@ -87,10 +87,7 @@ class SlidingWindow(SemanticSegmenter):
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
         )
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has a bias
+        _initialise(self)
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
         """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
@@ -154,3 +151,10 @@ def patch_side(patch: int, kernels: Sequence[int]) -> int:
             f"SlidingWindow: a patch of {patch} pixels is too small for kernels {list(kernels)}"
         ) from error
     return side
+
+
+def _initialise(network: nn.Module) -> None:
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has a bias
