@@ -134,12 +134,12 @@ def test_checksums_hold_for_both_ways(tmp_path: Path, site: Site):
 )
 def test_what_is_refused_leaves_nothing(tmp_path: Path, site: Site, content: bytes, reason: str):
     site.files["/photos.zip"] = content
-    root = tmp_path / "deep" / "root"
+    root = tmp_path / "deep" / "set"
     with pytest.raises(ValueError, match=reason) as caught:
         provide_all(both(site), root)
     assert "\n" not in str(caught.value)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
-        "deep/root/.detseg.lock"
+        "deep/set/.detseg.lock"
     ]
     site.files["/photos.zip"] = zipped(PHOTOS)  # mended, it comes again
     provide_all(both(site), root)

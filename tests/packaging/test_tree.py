@@ -15,20 +15,27 @@ from shared import REPO
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 PUBLIC_HOSTS = {
     "arxiv.org",
+    "calvin.inf.ed.ac.uk",
     "cocodataset.org",
-    "doi.org",
+    "data.csail.mit.edu",
     "docs.python.org",
     "docs.pytorch.org",
+    "doi.org",
     "download.pytorch.org",
     "github.com",
     "host.robots.ox.ac.uk",
     "hydra.cc",
+    "images.cocodataset.org",
     "keepachangelog.com",
     "openaccess.thecvf.com",
     "proceedings.neurips.cc",
     "pytorch.org",
     "semver.org",
+    "thor.robots.ox.ac.uk",
     "www.apache.org",
+    "www.cityscapes-dataset.com",
+    "www.robots.ox.ac.uk",
+    "www2.eecs.berkeley.edu",
 }
 
 
