@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 import zipfile
@@ -88,6 +89,23 @@ def test_what_lies_there_stays_and_what_tells_comes_last(tmp_path: Path):
     (target / "z").mkdir()  # a folder where the archive has a file
     merge(source, target, last="told")
     assert files_below(target) == {"a/new": b"1", "a/old": b"0", "told/x": b"1"} and (target / "z").is_dir()
+
+
+def test_what_tells_is_not_there_before_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, target, real, moved = tmp_path / "source", tmp_path / "target", os.replace, []
+
+    def stops_after_two(old: Path, new: Path) -> None:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(new.name)
+        real(old, new)
+
+    for name in ("a_told", "b", "c"):
+        (source / name).mkdir(parents=True)
+    monkeypatch.setattr(os, "replace", stops_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        merge(source, target, last="a_told")
+    assert moved == ["b", "c"]
 
 
 def test_an_archive_put_there_by_hand_is_used_and_kept(tmp_path: Path, site: Site):
