@@ -11,6 +11,8 @@ COCO-Stuff and Oxford-IIIT Pets as tables of values.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,11 @@ from detseg.data.maps import check_map, count_values, segments
 from detseg.data.pairs import Pairs, find_pairs
 from detseg.data.source import Source
 from detseg.structures.maps import IGNORE_INDEX
+
+log = logging.getLogger(__name__)
+
+TELL_EVERY = 20.0
+"""Seconds between two lines about a long check: COCO-Stuff's 118,287 maps take minutes once."""
 
 
 class MaskFolder(FileData):
@@ -158,7 +165,13 @@ class MaskFolder(FileData):
         else:
             builder = StoreBuilder(source=source, categories=self._object_names(), wanted=self.wanted_objects)
         seen: set[int] = set()
-        for name in pairs.names:
+        told = time.monotonic()
+        for number, name in enumerate(pairs.names):
+            if time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                log.info(
+                    "%s: %d of %d maps checked; the result is kept for later runs", source, number, len(pairs.names)
+                )
             image, file = pairs.images.get(name), pairs.maps.get(name)
             if image is None:
                 builder.report.add(
