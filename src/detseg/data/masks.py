@@ -164,7 +164,6 @@ class MaskFolder(FileData):
             builder.map_labels = self._map_labels(names)
         else:
             builder = StoreBuilder(source=source, categories=self._object_names(), wanted=self.wanted_objects)
-        seen: set[int] = set()
         told = time.monotonic()
         for number, name in enumerate(pairs.names):
             if time.monotonic() - told > TELL_EVERY:
@@ -180,18 +179,15 @@ class MaskFolder(FileData):
             elif file is None:
                 builder.report.add("missing_mask", str(image))
             else:
-                seen |= self._add(builder, image, file)
-        if self.holds == "classes" and builder.files:
-            self._look_for_classes(builder, seen, required=split != "test")
+                self._add(builder, image, file)
         return builder
 
-    def _add(self, builder: StoreBuilder, image: Path, file: Path) -> set[int]:
-        """Add an image with its map, and return the values of a map of classes."""
+    def _add(self, builder: StoreBuilder, image: Path, file: Path) -> None:
         size, name, number = image_size(image), below(self.root, image), len(builder.files)
         if self.holds == "classes":
-            values = check_map(file, size, self._meanings().keys())
-            builder.add_image(name, number, size, map_file=below(self.root, file))
-            return set(count_values(values))
+            found = count_values(check_map(file, size, self._meanings().keys()))
+            builder.add_image(name, number, size, map_file=below(self.root, file), map_values=found)
+            return
         row, divisor = builder.add_image(name, number, size), self.instance_divisor
         values = check_map(file, size, None)
         skipped = np.unique(values[values < divisor]).tolist() if divisor else [0]
@@ -205,19 +201,6 @@ class MaskFolder(FileData):
                 )
             if listed[category] is not None:
                 builder.add(RawObject(row, box, category, f"object {value}", code=code))
-        return set()
-
-    def _look_for_classes(self, builder: StoreBuilder, seen: set[int], *, required: bool) -> None:
-        """Report the classes that no map shows; raise where none is shown at all and some have to be."""
-        shown = {builder.map_labels[value] for value in seen} - {IGNORE_INDEX}
-        if required and not shown:
-            raise DataError(
-                f"{builder.report.source}: every pixel of {len(builder.files)} maps is ignored (values "
-                f"{sorted(seen)}); look at data.values, where these have null as their class"
-            )
-        for label, name in enumerate(builder.names):
-            if label not in shown:
-                builder.report.add("absent_class", name)
 
     def _list(self, split: str) -> Path | None:
         return None if self.lists is None else self.path(self.lists, split)
