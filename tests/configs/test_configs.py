@@ -21,7 +21,8 @@ GROUPS += ("sweep", "experiment", "features", "augment")
 FILES = sorted(f"{path.parent.name}={path.stem}" for group in GROUPS for path in CONF.glob(f"{group}/*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 DATA_KEYS = {"batch_size": 2, "eval_batch_size": 2, "num_workers": 0}
-MISSING = ("data=coco", "data=voc", "data=yolo", "data=masks")  # these need a root from the user
+PUBLISHED = ("ade20k", "camvid", "cityscapes", "coco_stuff", "pets", "voc2012")
+MISSING = tuple(f"data={name}" for name in ("coco", "voc", "yolo", "masks", *PUBLISHED))  # need a root from the user
 
 
 @cache
