@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from segmenter_cases import maps
 from torch.testing import assert_close
 
 from detseg.models.deeplabv3 import AtrousPyramid, DeepLabV3
 from detseg.models.fcn import FCNHead
 from detseg.nn import DilatedResNet, TinyBackbone
+from segmenter_cases import maps
 
 
 def small(**options) -> DeepLabV3:

@@ -30,7 +30,16 @@ _HOMES = {
     "table_rows": "table",
 }
 
-__all__ = ["BoundaryQuality", "BoxConfusion", "CocoAP", "MaskQuality", "MeanIoU", "ProposalRecall", "VocAP", "table_rows"]
+__all__ = [
+    "BoundaryQuality",
+    "BoxConfusion",
+    "CocoAP",
+    "MaskQuality",
+    "MeanIoU",
+    "ProposalRecall",
+    "VocAP",
+    "table_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

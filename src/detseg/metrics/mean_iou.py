@@ -126,12 +126,16 @@ def confusion_matrix(predicted: Tensor, truth: Tensor, num_classes: int, ignore_
     Raises:
         ValueError: a label is outside the range.
     """
-    counts = truth != ignore_index
-    truth, predicted = truth[counts], predicted[counts]
-    check_labels("truth", truth, num_classes, ignore_index)
-    check_labels("prediction", predicted, num_classes, ignore_index)
-    cells = torch.bincount(truth * num_classes + predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
+    ignored = truth == ignore_index
+    low, high = (int(end) for end in predicted.aminmax()) if predicted.numel() else (0, 0)
+    if low < 0 or high >= num_classes:  # perhaps where nothing counts
+        check_labels("prediction", predicted[~ignored], num_classes, ignore_index)
+        predicted = predicted.masked_fill(ignored, 0)
+    known = truth.masked_fill(ignored, 0)
+    check_labels("truth", known, num_classes, ignore_index)
+    cells = known.mul_(num_classes).add_(predicted).masked_fill_(ignored, num_classes**2)  # the last one is left out
+    counts = torch.bincount(cells.flatten(), minlength=num_classes**2 + 1)
+    return counts[:-1].reshape(num_classes, num_classes)
 
 
 def check_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:

@@ -100,7 +100,8 @@ class Inference:
         places = list(
             product(_starts(image.shape[-2], height, self.stride), _starts(image.shape[-1], width, self.stride))
         )
-        total, count = None, image.new_zeros(image.shape[-2:])  # (K, h, w), (h, w)
+        total: Tensor | None = None  # (K, h, w)
+        count = image.new_zeros(image.shape[-2:])  # (h, w)
         for first in range(0, len(places), self.chunk):
             group = places[first : first + self.chunk]
             cut = torch.stack([image[:, top : top + height, left : left + width] for top, left in group])
@@ -124,7 +125,7 @@ def ask_by(model: nn.Module, inference: Inference) -> None:
             f"{type(model).__name__} is no semantic segmenter, so it cannot be asked by windows, sizes or with a CRF; "
             "leave inference at null"
         )
-    model.inference = inference
+    setattr(model, "inference", inference)  # noqa: B010  # a module's attributes are tensors and modules to the checker
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

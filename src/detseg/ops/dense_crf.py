@@ -58,11 +58,12 @@ def dense_crf(
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = torch.stack([columns, rows]).double().flatten(1).T  # (N, 2)
     colour = image.detach().double().cpu().flatten(1).T * 255  # (N, 3)
-    kernels = [
-        (appearance_weight, lambda: torch.cat([place / appearance_place, colour / appearance_colour], 1)),  # (N, 5)
-        (smoothness_weight, lambda: place / smoothness_place),  # (N, 2)
-    ]
-    filters = [(weight, _normalised(points(), exact)) for weight, points in kernels if weight]
+    filters = []
+    if appearance_weight:
+        points = torch.cat([place / appearance_place, colour / appearance_colour], 1)  # (N, 5)
+        filters.append((appearance_weight, _normalised(points, exact)))
+    if smoothness_weight:
+        filters.append((smoothness_weight, _normalised(place / smoothness_place, exact)))
     marginals = unary.softmax(1)  # (N, K)
     for _ in range(iterations):
         energy = unary  # (N, K); the Potts model favours the label that similar pixels have

@@ -37,7 +37,7 @@ class PermutohedralLattice:
             )
         corners, self.weight = _corners(points.double())  # (N, D + 1, D + 1) int64, (N, D + 1) float64
         code, steps = _pack(corners)  # (N, D + 1) int64, (D + 1,) code of a step in each direction
-        known, index = code.unique(return_inverse=True)  # (M,) sorted, (N, D + 1)
+        known, index = torch.unique(code, return_inverse=True)  # (M,) sorted, (N, D + 1)
         self.index, self.count = index, len(known)
         self.neighbours = [(_find(known, known + step), _find(known, known - step)) for step in steps.tolist()]
         dimensions = points.shape[1]

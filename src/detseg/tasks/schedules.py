@@ -56,7 +56,7 @@ def polynomial(step: int, *, total_steps: int, warmup_steps: int, start: float, 
 
     The "poly" policy of DeepLab (Chen et al., arXiv:1606.00915, section 4.1.2) and ParseNet.
     """
-    falling = (1.0 - min(step, total_steps) / total_steps) ** power
+    falling = float((1.0 - min(step, total_steps) / total_steps) ** power)
     return max(end, linear(step, steps=warmup_steps, start=start) * falling)
 
 
