@@ -154,10 +154,17 @@ def window(options: argparse.Namespace) -> Iterator[str]:
     yield "## Sliding window, one image of 256 x 256 (wanted: 50x)\n"
     rows = []
     image = torch.rand(1, 3, 256, 256)
-    for name, settings in {
+    kinds: dict[str, dict[str, Any]] = {
         "patches of 95, every 16th pixel": {"step": 16},
-        "patches of 95, every 4th pixel": {"step": 4},
-    }.items():
+        "patches of 36, every 4th pixel (small)": {
+            "patch": 36,
+            "widths": [16, 32],
+            "kernels": [5, 5],
+            "hidden": 64,
+            "step": 4,
+        },
+    }
+    for name, settings in kinds.items():
         torch.manual_seed(0)
         model = SlidingWindow(num_classes=CLASSES, **settings).eval()
         models = {False: model, True: SlidingWindow(num_classes=CLASSES, dense=True, **settings).eval()}
