@@ -5,17 +5,23 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 from torch.testing import assert_close
 
+from detseg.config import instantiate, load_config
 from detseg.losses import SegmentationLoss
 from detseg.models import BackboneUNet, UNet
 from detseg.models.unet import mirror
 from detseg.nn import (
     BedOfNails,
     BilinearUpsampling,
+    DenseBlock,
+    DoubleConvolution,
+    InceptionBlock,
     MaxUnpooling,
     NearestUpsampling,
+    ResidualDoubleConvolution,
     ResizeConvolution,
     TinyBackbone,
     TransposedConvolution,
@@ -241,3 +247,27 @@ def test_a_bilinear_start_is_kept():
     body = TinyBackbone(widths=(8, 8), stem=4, with_stem=True)
     model = BackboneUNet(num_classes=2, backbone=body, widths=(8, 4), upsample=start)
     assert_close(model.enlarge[0].weight[0, 0], bilinear_kernel(4, 2))
+
+
+@pytest.mark.parametrize("kind", [DoubleConvolution, ResidualDoubleConvolution, DenseBlock, InceptionBlock])
+@pytest.mark.parametrize("padding", [True, False])
+def test_any_block_at_each_level(kind, padding):
+    model = UNet(num_classes=2, width=4, depth=2, padding=padding, norm=True, block=kind).eval()
+    images = torch.rand(1, 3, 18, 25)
+    assert model(images).shape == (1, 2, 18, 25)
+    if padding:
+        return
+    tiled = UNet(num_classes=2, width=4, depth=2, norm=True, block=kind, tile=16).eval()
+    tiled.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_close(tiled(images), model(images))
+
+
+@pytest.mark.parametrize("choice", ["double", "residual", "dense", "inception"])
+def test_blocks_are_a_config_group(choice):
+    cfg = load_config("model=unet_small", f"block@model.block={choice}")
+    cfg.data.num_classes = 3
+    model = instantiate(OmegaConf.to_container(cfg.model, resolve=True), path="model")
+    logits = model(torch.rand(2, 3, 16, 20))
+    sum(model.loss(logits, [target(torch.zeros(16, 20, dtype=torch.int64))] * 2).values()).backward()
+    assert all(value.grad is not None for value in model.parameters())

@@ -9,8 +9,8 @@ end. Dropout at the end of the contracting path (section 3.1), Gaussian initial 
 logits come for every input pixel; 572 pixels give 388 when it is not.
 
 Different: an image is one tile, however large, unless ``tile`` cuts it. Options that the paper has not: padded
-convolutions, batch norm, any width, depth and way to enlarge maps, and ``BackboneUNet``, whose contracting path is a
-classification network (as in segmentation_models and TernausNet, Iglovikov & Shvets 2018, arXiv:1801.05746).
+convolutions, batch norm, any width, depth, block and way to enlarge maps, and ``BackboneUNet``, whose contracting path
+is a classification network (as in segmentation_models and TernausNet, Iglovikov & Shvets 2018, arXiv:1801.05746).
 
 B = images, C = channels, K = classes.
 """
@@ -28,10 +28,12 @@ from detseg.nn import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Backbone,
+    DoubleConvolution,
     NearestUpsampling,
     Normalize,
     TransposedConvolution,
 )
+from detseg.nn.unet_blocks import crop
 from detseg.ops.upsampling import pool_with_switches
 from detseg.structures import Target
 
@@ -48,6 +50,7 @@ class UNet(SemanticSegmenter):
         dropout: probability at the end of the contracting path: after the last two levels.
         mean: subtracted from RGB in [0, 1].
         std: divided by.
+        block: makes what stands at each level from channels, width, padding and norm; the paper's is two convolutions.
         upsample: makes the layer that doubles a map from its channels, width and factor.
         tile: side of the tiles of logits that are computed one after the other, 388 in the paper; ``None`` computes
             the whole image at once. The logits are the same, but for dropout and batch norm in training, which see
@@ -71,6 +74,7 @@ class UNet(SemanticSegmenter):
         dropout: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        block: Callable[..., nn.Module] = DoubleConvolution,
         upsample: Callable[..., nn.Module] = TransposedConvolution,
         tile: int | None = None,
         loss: AnyMapLoss | None = None,
@@ -83,12 +87,15 @@ class UNet(SemanticSegmenter):
         self.normalize = Normalize(mean, std)
         widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(
-            DoubleConvolution(before, after, padding=padding, norm=norm)
+            block(before, after, padding=padding, norm=norm)
             for before, after in zip([3, *widths], widths, strict=False)
         )
         self.dropout = nn.Dropout(dropout)
         self.up = nn.ModuleList(
-            UpStep(2 * after, after, padding=padding, norm=norm, upsample=upsample) for after in reversed(widths[:-1])
+            UpStep(
+                2 * after, after, convolutions=block(2 * after, after, padding=padding, norm=norm), upsample=upsample
+            )
+            for after in reversed(widths[:-1])
         )
         self.head = nn.Conv2d(width, num_classes, kernel_size=1)
         initialise(self)
@@ -243,27 +250,15 @@ class BackboneUNet(SemanticSegmenter):
         return logits[:, :, :height, :width]  # (B, K, H, W)
 
 
-class DoubleConvolution(nn.Sequential):
-    """Two 3x3 convolutions, each with an optional batch norm and a ReLU; without padding they cost 4 pixels."""
-
-    def __init__(self, channels: int, width: int, *, padding: bool, norm: bool) -> None:
-        layers: list[nn.Module] = []
-        for before in (channels, width):
-            layers.append(nn.Conv2d(before, width, 3, padding=int(padding), bias=not norm))
-            layers += [nn.BatchNorm2d(width)] if norm else []
-            layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers)
-
-
 class UpStep(nn.Module):
-    """A 2x2 up-convolution that halves the channels, the cropped skip beside it, and two 3x3 convolutions."""
+    """A 2x2 up-convolution that halves the channels, the cropped skip beside it, and the level's convolutions."""
 
     def __init__(
-        self, channels: int, width: int, *, padding: bool, norm: bool, upsample: Callable[..., nn.Module]
+        self, channels: int, width: int, *, convolutions: nn.Module, upsample: Callable[..., nn.Module]
     ) -> None:
         super().__init__()
         self.upsample = upsample(channels=channels, width=width, factor=2)
-        self.convolutions = DoubleConvolution(2 * width, width, padding=padding, norm=norm)
+        self.convolutions = convolutions
 
     def forward(self, maps: Tensor, skip: Tensor, switches: Tensor | None = None) -> Tensor:
         """Return ``(B, width, 2 h, 2 w)``, 4 less in height and width without padding.
@@ -274,9 +269,7 @@ class UpStep(nn.Module):
             switches: ``(B, width, h, w)`` of the pooling, for max-unpooling.
         """
         maps = self.upsample(maps, switches)  # (B, width, 2 h, 2 w)
-        top, left = (skip.shape[-2] - maps.shape[-2]) // 2, (skip.shape[-1] - maps.shape[-1]) // 2
-        skip = skip[:, :, top : top + maps.shape[-2], left : left + maps.shape[-1]]
-        result: Tensor = self.convolutions(torch.cat([skip, maps], dim=1))
+        result: Tensor = self.convolutions(torch.cat([crop(skip, maps), maps], dim=1))
         return result
 
 

@@ -18,6 +18,7 @@ from detseg.nn.norm import freeze_batch_norm, set_norm_eps
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from detseg.nn.pan import BackboneWithPAN
 from detseg.nn.tiny import TinyBackbone
+from detseg.nn.unet_blocks import DenseBlock, DoubleConvolution, InceptionBlock, ResidualDoubleConvolution
 from detseg.nn.upsampling import (
     BedOfNails,
     BilinearUpsampling,
@@ -48,13 +49,17 @@ __all__ = [
     "Darknet53",
     "DeconvBackbone",
     "DeepAggregation",
+    "DenseBlock",
     "DilatedResNet",
+    "DoubleConvolution",
+    "InceptionBlock",
     "LinearAsConvolution",
     "MaxUnpooling",
     "MirroredDecoder",
     "MobileNetV3",
     "NearestUpsampling",
     "Normalize",
+    "ResidualDoubleConvolution",
     "ResizeConvolution",
     "StackedHourglass",
     "TimmBackbone",
