@@ -137,7 +137,8 @@ class SlidingWindow(SemanticSegmenter):
                 dilation *= 2
         scores = convolutionalise(self.classifier, self.shape, share=True, dilation=dilation)(maps)  # (B, K, n', m')
         skip = self.step // stride
-        return scores[:, :, ::skip, ::skip][:, :, :rows, :columns]
+        result: Tensor = scores[:, :, ::skip, ::skip][:, :, :rows, :columns]  # (B, K, n, m)
+        return result
 
 
 def patch_side(patch: int, kernels: Sequence[int]) -> int:
