@@ -26,6 +26,16 @@ def test_every_place_says_what_its_patch_says(share):
                 assert_close(dense[:, :, row, column], network(patch))
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_dilated_places_belong_to_one_patch(share):
+    network = classifier().eval()
+    maps = torch.randn(1, 3, 8, 10)
+    with torch.no_grad():
+        dense = convolutionalise(network, (3, 4, 5), share=share, dilation=2).eval()(maps)
+        assert dense.shape == (1, 2, 2, 2)
+        assert_close(dense[:, :, 1, 0], network(maps[:, :, 1::2, 0::2]))
+
+
 def test_copies_and_shared_weights():
     network = classifier()
     copied, shared = convolutionalise(network, (3, 4, 5)), convolutionalise(network, (3, 4, 5), share=True)

@@ -6,8 +6,8 @@ Images" (NIPS).
 Built (table 1, network N4): four times a convolution and a 2x2 max pooling, a fully connected layer of 200, one per
 class, on patches of 95 pixels; the image is continued by its mirror picture. Two ways to the same logits: patch by
 patch, as published, or ``dense``, the fully connected layers turned into convolutions that share all that neighbouring
-patches have in common (Long et al. 2015, arXiv:1411.4038, section 3.1), shifted and stitched where more pixels are
-wanted than the poolings leave (section 3.2).
+patches have in common (Long et al. 2015, arXiv:1411.4038, section 3.1). Where more pixels are wanted than the poolings
+leave, late poolings keep the size and what follows is dilated, which equals shifting and stitching (section 3.2).
 
 Different: ReLU in place of a scaled tanh; no foveation, no averaging of several networks.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
 from detseg.models.segmenter import AnyMapLoss, SemanticSegmenter
@@ -122,17 +123,21 @@ class SlidingWindow(SemanticSegmenter):
         return torch.stack(rows, dim=1).permute(0, 3, 1, 2)  # (B, K, n, m)
 
     def _dense(self, canvas: Tensor, rows: int, columns: int) -> Tensor:
-        """Classify all patches at once; where the grid is finer than the stride, once per shift."""
-        classifier = convolutionalise(self.classifier, self.shape, share=True)
-        shifts = max(self.stride // self.step, 1)  # per side
-        skip = max(self.step // self.stride, 1)
-        result = canvas.new_zeros(len(canvas), self.num_classes, rows, columns)  # (B, K, n, m)
-        for down in range(min(shifts, rows)):
-            for across in range(min(shifts, columns)):
-                part = canvas[:, :, down * self.step :, across * self.step :]
-                scores = classifier(self.features(part))[:, :, ::skip, ::skip]  # (B, K, n', m')
-                place = result[:, :, down::shifts, across::shifts]
-                place.copy_(scores[:, :, : place.shape[2], : place.shape[3]])
+        """Classify all patches at once; where the grid is finer than the stride, late layers are dilated instead."""
+        maps, stride, dilation = canvas, 1, 1
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                maps = F.conv2d(maps, layer.weight, layer.bias, dilation=dilation)  # (B, C, h, w)
+            elif not isinstance(layer, nn.MaxPool2d):
+                maps = layer(maps)
+            elif stride < self.step:
+                maps, stride = layer(maps), 2 * stride  # (B, C, h / 2, w / 2)
+            else:  # the pairs that a patch's own pooling would see, at every place
+                maps = F.max_pool2d(maps, 2, stride=1, dilation=dilation)  # (B, C, h - dilation, w - dilation)
+                dilation *= 2
+        scores = convolutionalise(self.classifier, self.shape, share=True, dilation=dilation)(maps)  # (B, K, n', m')
+        skip = self.step // stride
+        result: Tensor = scores[:, :, ::skip, ::skip][:, :, :rows, :columns]  # (B, K, n, m)
         return result
 
 
