@@ -156,6 +156,7 @@ def window(options: argparse.Namespace) -> Iterator[str]:
     image = torch.rand(1, 3, 256, 256)
     kinds: dict[str, dict[str, Any]] = {
         "patches of 95, every 16th pixel": {"step": 16},
+        "patches of 95, every 4th pixel": {"step": 4},
         "patches of 36, every 4th pixel (small)": {
             "patch": 36,
             "widths": [16, 32],
