@@ -1,6 +1,6 @@
 """The history of two-stage detectors, measured in one run: R-CNN, SPP-net, Fast R-CNN, Faster R-CNN and what followed.
 
-    python benchmarks/history_two_stage.py                        # train and measure all on Orchard: about an hour
+    python benchmarks/history_two_stage.py                        # train and measure all on Orchard and bccd: two hours
     python benchmarks/history_two_stage.py --data bccd --systems fast_rcnn faster_rcnn
     python benchmarks/history_two_stage.py --runs runs/history/X  # trained before: only measure what is there
     python benchmarks/history_two_stage.py --scale                # VGG-16, 2,000 proposals, 600 x 800: timing only
@@ -221,7 +221,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["orchard"], choices=["orchard", "bccd"])
+    parser.add_argument("--data", nargs="+", default=["orchard", "bccd"], choices=["orchard", "bccd"])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--images", type=int, default=20, help="validation images that are timed, one by one")
     parser.add_argument("--runs", type=Path, help="folder of an earlier call; what is trained there is only measured")
