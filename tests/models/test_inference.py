@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from detseg.models.inference import Inference, ask_by
 from detseg.models.segmenter import SegmenterOutputs, SemanticSegmenter
-from detseg.ops.dense_crf import DenseCRF
+from detseg.ops.dense_crf import dense_crf
 from detseg.structures import SemanticMap, Target
 
 
@@ -94,7 +94,7 @@ def test_a_crf_moves_borders_to_those_of_the_image() -> None:
     logits = torch.cat([-coarse, coarse])[None]  # blurred, and too large
     sizes = torch.tensor([[32, 40]])
     (plain,) = Inference()(Pointwise().forward, logits, images, sizes)
-    (found,) = Inference(refine=DenseCRF())(Pointwise().forward, logits, images, sizes)
+    (found,) = Inference(refine=dense_crf)(Pointwise().forward, logits, images, sizes)
     assert (plain.argmax(0) == truth).float().mean() < 0.97
     assert torch.equal(found.argmax(0), truth)
 

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from detseg.ops.dense_crf import DenseCRF, dense_crf
+from detseg.ops.dense_crf import dense_crf
 
 # What pydensecrf2 1.1 gives for `scene()`: setUnaryEnergy of -log softmax, addPairwiseGaussian(sxy=3, compat=3),
 # addPairwiseBilateral(sxy=8, srgb=20, compat=4), inference(2); classes 0 and 1.
@@ -106,7 +106,7 @@ def test_it_brings_blurred_logits_back_to_the_edges() -> None:
         overlaps = [((labels == k) & (truth == k)).sum() / ((labels == k) | (truth == k)).sum() for k in (0, 1)]
         return float(sum(overlaps) / 2)
 
-    before, after = mean_iou(logits.argmax(0)), mean_iou(DenseCRF()(logits, image.clamp(0, 1)).argmax(0))
+    before, after = mean_iou(logits.argmax(0)), mean_iou(dense_crf(logits, image.clamp(0, 1)).argmax(0))
     assert before < 0.8 and after > 0.97
 
 
@@ -122,6 +122,6 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="1 of the logits are NaN or infinite"):
         dense_crf(torch.tensor([[[float("nan")]], [[0.0]]]), torch.zeros(3, 1, 1))
     with pytest.raises(ValueError, match="iterations=-1"):
-        DenseCRF(iterations=-1)
+        dense_crf(*scene(), iterations=-1)
     with pytest.raises(ValueError, match="above 0"):
-        DenseCRF(appearance_colour=0.0)
+        dense_crf(*scene(), appearance_colour=0.0)

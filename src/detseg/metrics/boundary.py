@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from detseg.metrics.base import Array, DictMetric, Figures
-from detseg.metrics.mean_iou import check_labels, truth_of, where
+from detseg.metrics.mean_iou import check_labels, truths_of, where
 from detseg.structures import SemanticMap, Target
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -71,10 +71,8 @@ class BoundaryQuality(DictMetric):
         Raises:
             ValueError: a map is missing, sizes differ, or a label is outside 0..K-1; the message names the image.
         """
-        if len(predictions) != len(targets):
-            raise ValueError(f"there are predictions of {len(predictions)} images, but targets of {len(targets)}")
-        for found, target in zip(predictions, targets, strict=True):
-            truth, guess = truth_of(found, target).cpu(), found.labels.cpu()  # (H, W) each
+        for found, target, labels in zip(predictions, targets, truths_of(predictions, targets), strict=True):
+            truth, guess = labels.cpu(), found.labels.cpu()  # (H, W) each
             counted = truth != IGNORE_INDEX  # (H, W)
             try:
                 check_labels("truth", truth[counted], len(self.class_names))

@@ -64,9 +64,7 @@ class MeanIoU(DictMetric):
         Raises:
             ValueError: a map is missing, sizes differ, or a label is outside 0..K-1; the message names the image.
         """
-        if len(predictions) != len(targets):
-            raise ValueError(f"there are predictions of {len(predictions)} images, but targets of {len(targets)}")
-        truths = [truth_of(found, target) for found, target in zip(predictions, targets, strict=True)]
+        truths = truths_of(predictions, targets)
         if not truths:
             return
         predicted = torch.cat([found.labels.flatten() for found in predictions]).to(self.device)
@@ -95,12 +93,19 @@ def where(target: Target) -> str:
     return f"image {target.image_id}" + (f" ({target.file})" if target.file else "")
 
 
-def truth_of(prediction: SemanticMap, target: Target) -> Tensor:
-    """Return the target's labels ``(H, W)``, checked against the prediction's size.
+def truths_of(predictions: Sequence[SemanticMap], targets: Sequence[Target]) -> list[Tensor]:
+    """Return the labels of each target ``(H, W)``, checked against the size of its prediction.
 
     Raises:
-        ValueError: the target has no map, or the sizes differ; the message names the image.
+        ValueError: there are not as many predictions as targets, or a target has no map or another size; the message
+            names the image.
     """
+    if len(predictions) != len(targets):
+        raise ValueError(f"there are predictions of {len(predictions)} images, but targets of {len(targets)}")
+    return [_truth(found, target) for found, target in zip(predictions, targets, strict=True)]
+
+
+def _truth(prediction: SemanticMap, target: Target) -> Tensor:
     if target.semantic is None:
         raise ValueError(f"{where(target)}: the target has no semantic map; read the data with truth='semantic'")
     if prediction.size != target.semantic.size:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 Ask = Callable[[Tensor], Tensor]
 """Gives logits ``(n, K, h, w)`` of images ``(n, 3, h, w)``."""
 Refine = Callable[[Tensor, Tensor], Tensor]
-"""Gives probabilities ``(K, h, w)`` of logits and the RGB image in [0, 1], such as ``ops.dense_crf.DenseCRF``."""
+"""Gives probabilities ``(K, h, w)`` of logits and the RGB image in [0, 1], such as ``ops.dense_crf.dense_crf``."""
 
 
 class Inference:

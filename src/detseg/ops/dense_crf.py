@@ -38,6 +38,8 @@ def dense_crf(
 ) -> Tensor:
     """Return the refined probabilities of one image, ``(K, H, W)`` float32.
 
+    The defaults are those of DeepLab's release for VOC.
+
     Args:
         logits: ``(K, H, W)``; their softmax is the unary term.
         image: ``(3, H, W)`` RGB in [0, 1].
@@ -97,40 +99,3 @@ def _check(logits: Tensor, image: Tensor, iterations: int, widths: tuple[float, 
         raise ValueError(
             f"dense_crf: iterations={iterations} must be at least 0, and the standard deviations {widths} above 0"
         )
-
-
-class DenseCRF:
-    """``dense_crf`` with its numbers set: an argument where predictions are refined.
-
-    Args: as of ``dense_crf``; the defaults are those of DeepLab's release for VOC but for 10 iterations.
-    """
-
-    def __init__(
-        self,
-        *,
-        iterations: int = 10,
-        appearance_weight: float = 10.0,
-        appearance_place: float = 80.0,
-        appearance_colour: float = 13.0,
-        smoothness_weight: float = 3.0,
-        smoothness_place: float = 3.0,
-        exact: bool = False,
-    ) -> None:
-        _check(
-            torch.zeros(1, 1, 1),
-            torch.zeros(3, 1, 1),
-            iterations,
-            (appearance_place, appearance_colour, smoothness_place),
-        )
-        self.numbers = {
-            "appearance_weight": appearance_weight,
-            "appearance_place": appearance_place,
-            "appearance_colour": appearance_colour,
-            "smoothness_weight": smoothness_weight,
-            "smoothness_place": smoothness_place,
-        }
-        self.iterations, self.exact = iterations, exact
-
-    def __call__(self, logits: Tensor, image: Tensor) -> Tensor:
-        """Return probabilities ``(K, H, W)`` of logits ``(K, H, W)`` and an RGB image ``(3, H, W)`` in [0, 1]."""
-        return dense_crf(logits, image, iterations=self.iterations, exact=self.exact, **self.numbers)
