@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from side_by_side.turns import seconds_in_turns
 from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection._utils import Matcher
@@ -66,20 +66,26 @@ def draw(batch: int, objects: int, pixels: int, side: float) -> list[Tensor]:
     return list(torch.cat([corner, corner + size], dim=2))
 
 
-def median_seconds(calls: list[Callable[[], Tensor]], rounds: int) -> list[float]:
-    """Time the calls in turns, after one round that does not count."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for call, times in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in taken]
+class Row(NamedTuple):
+    """What was measured of one kind of assignment; times in seconds."""
+
+    name: str
+    references: int
+    positives: int
+    own: float
+    their: float
+    equal: bool
 
 
-def compare(name: str, boxes: list[Tensor], pixels: int, rounds: int) -> str:
-    """Return one row of the table."""
+def compare(name: str, boxes: list[Tensor], pixels: int, rounds: int) -> Row:
+    """Time both sides on the same boxes.
+
+    Args:
+        name: FCOS or RetinaNet.
+        boxes: ``(objects, 4)`` xyxy pixels of each image.
+        pixels: side of the images.
+        rounds: how many are timed.
+    """
     fcos = name == "FCOS"
     references = AnchorGenerator(sizes=[[s] for s in STRIDES], ratios=[[1.0]]) if fcos else paper_anchors(STRIDES)
     sizes = [(-(-pixels // stride), -(-pixels // stride)) for stride in STRIDES]
@@ -92,14 +98,9 @@ def compare(name: str, boxes: list[Tensor], pixels: int, rounds: int) -> str:
     ours = assign(flat, image, len(boxes), lattice)
     local = torch.where(ours >= 0, ours - torch.arange(len(boxes))[:, None] * count, ours)
     equal = bool((local == theirs(boxes, lattice)).all())
-    own, their = median_seconds(
-        [lambda: assign(flat, image, len(boxes), lattice), lambda: theirs(boxes, lattice)], rounds
-    )
-    positives = int((ours >= 0).sum())
-    return (
-        f"{name:<10} {lattice.total:>10} {positives:>9} {own * 1e3:>10.2f} {their * 1e3:>14.1f} {their / own:>8.0f}x"
-        f"  {'yes' if equal else 'NO'}"
-    )
+    calls = [lambda: assign(flat, image, len(boxes), lattice), lambda: theirs(boxes, lattice)]
+    own, their = (statistics.median(times) for times in seconds_in_turns(calls, rounds))
+    return Row(name, lattice.total, int((ours >= 0).sum()), own, their, equal)
 
 
 def main() -> None:
@@ -117,7 +118,11 @@ def main() -> None:
     )
     print(f"{'':<10} {'references':>10} {'positives':>9} {'detseg ms':>10} {'torchvision ms':>14} {'ratio':>9}  equal")
     for name in ("FCOS", "RetinaNet"):
-        print(compare(name, boxes, options.pixels, options.rounds))
+        row = compare(name, boxes, options.pixels, options.rounds)
+        print(
+            f"{name:<10} {row.references:>10} {row.positives:>9} {row.own * 1e3:>10.2f} {row.their * 1e3:>14.1f} "
+            f"{row.their / row.own:>8.0f}x  {'yes' if row.equal else 'NO'}"
+        )
 
 
 if __name__ == "__main__":

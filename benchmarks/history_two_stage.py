@@ -1,6 +1,6 @@
 """The history of two-stage detectors, measured in one run: R-CNN, SPP-net, Fast R-CNN, Faster R-CNN and what followed.
 
-    python benchmarks/history_two_stage.py                        # train and measure all on Orchard: about an hour
+    python benchmarks/history_two_stage.py                        # train and measure all on Orchard and bccd: two hours
     python benchmarks/history_two_stage.py --data bccd --systems fast_rcnn faster_rcnn
     python benchmarks/history_two_stage.py --runs runs/history/X  # trained before: only measure what is there
     python benchmarks/history_two_stage.py --scale                # VGG-16, 2,000 proposals, 600 x 800: timing only
@@ -91,7 +91,8 @@ def measure(system: str, folder: Path, count: int) -> Row:
     run = sorted(folder.glob("*/*/metrics.json"))[-1].parent
     predictor = detseg.load(run / "checkpoints" / "best.ckpt")
     model: Any = predictor.model
-    clock = Timed(model.proposer) if model.proposer is not None else None
+    proposer = getattr(model, "proposer", None)  # one-stage models have none
+    clock = None if proposer is None else Timed(proposer)
     if clock is not None:
         model.proposer = clock
     split = detseg.build(detseg.load_config(f"experiment={folder.name}")).data.dataset("val")
@@ -161,13 +162,13 @@ def paper_scale(crops: int, proposals: int = 2000, height: int = 600, width: int
     side = 16 + torch.rand(proposals, 2) * torch.tensor([width / 2, height / 2])
     boxes = torch.cat([corner, torch.minimum(corner + side, torch.tensor([width * 1.0, height * 1.0]))], dim=1)
     seconds, work = {}, {}
-    model = vgg("rcnn", "model.box.head.name=vgg16")
+    model = untrained("rcnn", "model.box.head.name=vgg16")
     few, _ = timed(lambda: model.predict(model(image, sizes, proposals=[boxes[: crops // 2]]), sizes))
     many, operations = timed(lambda: model.predict(model(image, sizes, proposals=[boxes[:crops]]), sizes))
     seconds["rcnn"] = many + (many - few) / (crops - crops // 2) * (proposals - crops)
     work["rcnn"] = operations / crops * proposals
     for name, overrides in {"fast_rcnn": [], "fast_rcnn with SVD": ["compress@model.box.compress=svd"]}.items():
-        model = vgg("fast_rcnn", *overrides)
+        model = untrained("fast_rcnn", *overrides)
         run = partial(lambda net: net.predict(net(image, sizes, proposals=[boxes]), sizes), model)
         run()  # makes the thin layers
         seconds[name], work[name] = timed(run)
@@ -192,7 +193,7 @@ def paper_scale(crops: int, proposals: int = 2000, height: int = 600, width: int
     return "\n".join(lines)
 
 
-def vgg(name: str, *overrides: str) -> Any:
+def untrained(name: str, *overrides: str) -> Any:
     """Return a model of the paper's size from random weights, for 20 classes."""
     cfg = detseg.load_config(f"model={name}", *overrides)
     cfg.data.num_classes = 20
@@ -220,7 +221,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["orchard"], choices=["orchard", "bccd"])
+    parser.add_argument("--data", nargs="+", default=["orchard", "bccd"], choices=["orchard", "bccd"])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--images", type=int, default=20, help="validation images that are timed, one by one")
     parser.add_argument("--runs", type=Path, help="folder of an earlier call; what is trained there is only measured")

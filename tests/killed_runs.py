@@ -1,6 +1,7 @@
-"""Starts runs of ``noisy_run`` in processes of their own and kills them; ``python killed_runs.py <plan.json>``.
+"""Starts runs of ``noisy_run`` in processes of their own and kills them: ``run``, or ``killed_runs.py <plan.json>``.
 
-Lightning is imported once, by this program, which forks a child per trial: a trial then costs a fraction of a second.
+What Lightning and torch take to be imported is spent once, before a child per trial is forked: a trial then costs a
+fraction of a second. Where there is a GPU, which a process that forks may not have used, the program does it.
 A plan is a list of trials: ``{"directory", "name", "resume", "options", "signal", "after"}``; the signal is sent once
 the first child's trace has ``after`` lines. The exit codes are printed as JSON. Further keys: ``ranks`` (processes that
 train together), ``to`` (which gets the signal), ``stop`` (which is stopped before, so that the others wait for it),
@@ -20,6 +21,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from forks import plain_logging
 
 LIMIT = 60.0  # seconds that a trial may take
 
@@ -66,6 +69,7 @@ def fork(trial: dict[str, Any], rank: int, port: int) -> int:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     code = 1
     try:
+        plain_logging()
         sys.stderr = sys.stdout = (Path(trial["directory"]) / f"{trial['name']}.{rank}.log").open("w", buffering=1)
         os.dup2(sys.stderr.fileno(), 2)
         child(trial, rank)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from detseg.callbacks.pruning import Pruning
 from detseg.durable import read_sealed, write_sealed
 from detseg.engine.sweeps.tune import tune
 from detseg.experiment import Outcome
@@ -31,6 +30,8 @@ def quality(lr: float) -> float:
 
 def objective(cfg: DictConfig) -> Outcome:
     """Take five epochs, each noted in a file; go on behind the last one with ``resume``."""
+    from detseg.callbacks.pruning import Pruning  # with Lightning, which the trials' processes have loaded already
+
     directory = Path(cfg.paths.output_dir)
     (directory / "pid").write_text(str(os.getpid()))
     node = (cfg.callbacks or {}).get("pruning")

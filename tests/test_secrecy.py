@@ -20,6 +20,7 @@ from detseg.config import load_config
 from detseg.engine.errors import said
 from detseg.experiment import write_json, write_run_files
 from detseg.secrecy import keep_secrets, known_secrets, redact, redact_record, veil, veil_arguments
+from forks import run_anew, run_forked
 
 CANARY = 'c4nary/with+odd "signs" & ümlaut'
 
@@ -212,9 +213,8 @@ def test_a_run_with_every_tracker_leaks_nothing(tmp_path: Path, mode: str, monke
     (tmp_path / "ownparts.py").write_text(OWN_PARTS)
     token, typed = "tok3n-from-the-environment", "pa55word-from-the-shell"
     secrets = {"SITE_TOKEN": token, "SITE_PASSWORD": typed, "WANDB_API_KEY": "0" * 8 + "0123456789abcdef" * 2}
-    environment = os.environ | secrets | {"WANDB_MODE": "offline", "PYTHONPATH": str(tmp_path)}
+    environment = secrets | {"WANDB_MODE": "offline", "PYTHONPATH": str(tmp_path)}
     guest = "+callbacks.guest={_target_:ownparts.Guest,token:'${oc.env:SITE_TOKEN}',fail:FAIL}"
-    command = [sys.executable, "-m", "detseg.cli.main", "train"]
     mine = [
         "allow=[ownparts]",
         "logger=[csv,tensorboard,wandb,mlflow]",
@@ -223,8 +223,9 @@ def test_a_run_with_every_tracker_leaks_nothing(tmp_path: Path, mode: str, monke
     outputs = []
     for fail in ("false", "true"):
         sweep = ["-m", "seed=1,2"] if mode == "sweep" else []
-        words = [*command, *sweep, *TINY, *mine, guest.replace("FAIL", fail)]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        words = ["train", *sweep, *TINY, *mine, guest.replace("FAIL", fail)]
+        start = run_anew if (mode, fail) == ("run", "false") else run_forked
+        done = start(words, tmp_path, env=environment)
         assert (done.returncode == 0) == (fail == "false"), done.stderr[-3000:]
         outputs.append(done.stdout + done.stderr)
     assert leaks(tmp_path / "runs", *secrets.values()) == []

@@ -82,7 +82,7 @@ REFUSED_ARGUMENTS = {
 HUB = re.compile(r"hf[-_]hub|local-dir", re.IGNORECASE)
 """In a model's name timm reads these as "fetch config and weights from there"."""
 
-HUB_READERS = ("timm.", "segmentation_models_pytorch.", "detseg.nn.")
+HUB_READERS = ("timm.", "segmentation_models_pytorch.", "detseg.nn.", "detseg.models.smp.")
 """Whose arguments may become such a name."""
 
 SPECIAL = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")

@@ -13,6 +13,8 @@ from detseg.config import ConfigError, instantiate, load_config
 from detseg.experiment import Outcome, write_json, write_run_files
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from detseg.predictor import Predictor
     from detseg.tasks.base import Task
 
@@ -78,6 +80,7 @@ def evaluate(cfg: DictConfig) -> Outcome:
     compare_classes(predictor.class_names, data.class_names, cfg.ckpt)
     data.proposer = getattr(predictor.model, "proposer", None)
     task = rebuild_task(predictor, read_stamp(cfg.ckpt), allow=allow, voc_ap=cfg.voc_ap)
+    ask_as_told(predictor.model, cfg)
     directory = Path(cfg.paths.output_dir)
     writer = PredictionWriter(directory=directory, category_ids=data.category_ids)
     trainer = instantiate(
@@ -101,6 +104,22 @@ def evaluate(cfg: DictConfig) -> Outcome:
         checkpoint=Path(cfg.ckpt),
         files=[directory / "predictions.json", directory / "metrics.json"],
     )
+
+
+def ask_as_told(model: nn.Module, cfg: DictConfig) -> None:
+    """Set how a segmenter is asked, where ``cfg.inference`` says so.
+
+    Raises:
+        ConfigError: it says so, but the model is no segmenter.
+    """
+    if cfg.inference is None:
+        return
+    from detseg.models.inference import ask_by
+
+    try:
+        ask_by(model, instantiate(cfg.inference, allow=list(cfg.allow), path="inference"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def rebuild_task(

@@ -181,9 +181,12 @@ def finish(run: Run) -> Outcome:
 
 def is_first_process() -> bool:
     """Say whether this process is the one that writes and prints, of a run that may have several."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    if lightning is not None:
+        return int(getattr(lightning.rank_zero_only, "rank", 0)) == 0
+    # As Lightning reads it when it is loaded, which takes seconds that a process which only starts others can spare.
+    given = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+    return int(next((rank for rank in given if rank is not None), "0")) == 0
 
 
 def describe(run: Run) -> str:

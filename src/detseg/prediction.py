@@ -34,12 +34,14 @@ def predict(cfg: DictConfig) -> Outcome:
     import torch
 
     from detseg.checkpoint import load
+    from detseg.evaluation import ask_as_told
     from detseg.results import result_rows, write_map
     from detseg.structures import SemanticMap
 
     paths = find_images(cfg.source)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     predictor = load(cfg.ckpt, device=device, allow=list(cfg.allow))
+    ask_as_told(predictor.model, cfg)
     directory = Path(cfg.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from detseg.checkpoint import check_resume, init_from, read_checkpoint
 from detseg.cli.main import main
 from detseg.durable import WriteFailed, check_seal, newest_valid, write_sealed
 from detseg.nn.weights import read_state
+from forks import run_forked
 from tiny_task import TinyTask, fit
 
 
@@ -343,12 +343,12 @@ def test_training_on_a_full_disk_ends_with_one_line_and_a_code(tmp_path):
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
-    command = [sys.executable, "-m", "detseg.cli.main", "train", "model=unet_small", "data.image_size=64"]
+    command = ["train", "model=unet_small", "data.image_size=64"]
     command += ["data.train_images=4", "data.val_images=2", "data.num_workers=0", "logger=none", "trainer.max_epochs=6"]
     command += ["trainer.accelerator=cpu", "callbacks.images=null", "callbacks.checkpoint.save_top_k=-1"]
     command += [f"paths.output_dir={place}/run", f"hydra.run.dir={tmp_path}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        done = run_forked(command, tmp_path)
         files = sorted((place / "run" / "checkpoints").iterdir())
         assert done.returncode == 1, done.stderr[-2000:]
         (line,) = [line for line in done.stderr.splitlines() if "could not be written" in line]

@@ -191,6 +191,24 @@ class TestEvaluate:
             resolved = yaml.safe_load(next(in_tmp.glob(f"runs/{name}/*/resolved.yaml")).read_text())
             assert resolved["data"]["eval_transform"]["size"] == size
 
+    def test_segmenters_are_asked_by_windows_or_refined(self, trained: dict[str, Path], in_tmp: Path):
+        ckpt, figures = checkpoint(trained["unet_small"]), {}
+        for name, more in {
+            "plain": [],
+            "sliding": ["inference=sliding", "inference.window=40"],
+            "crf": ["inference=crf", "inference.refine.iterations=2"],
+        }.items():
+            assert main(["evaluate", f"ckpt={ckpt}", f"name={name}", *more]) == 0
+            figures[name] = json.loads(next(in_tmp.glob(f"runs/{name}/*/metrics.json")).read_text())
+        assert figures["plain"]["loss"] == figures["sliding"]["loss"] == figures["crf"]["loss"]
+        assert len({row["pixel_accuracy"] for row in figures.values()}) == 3
+
+    def test_a_detector_cannot_be_asked_so(
+        self, trained: dict[str, Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        assert main(["evaluate", f"ckpt={checkpoint(trained['mask_rcnn_small'])}", "inference=crf"]) == 2
+        assert "MaskRCNN is no semantic segmenter" in capsys.readouterr().err
+
     def test_maps_as_index_pngs(self, trained: dict[str, Path], in_tmp: Path):
         assert main(["evaluate", f"ckpt={checkpoint(trained['unet_small'])}"]) == 0
         rows = json.loads((only_run(in_tmp) / "predictions.json").read_text())
@@ -223,7 +241,18 @@ class TestPredict:
 
     def test_a_glob_and_maps(self, trained: dict[str, Path], photos: Path, in_tmp: Path):
         source = f"source='{photos}/*.png'"
-        assert main(["predict", f"ckpt={checkpoint(trained['unet_small'])}", source, "pictures=false"]) == 0
+        assert (
+            main(
+                [
+                    "predict",
+                    f"ckpt={checkpoint(trained['unet_small'])}",
+                    source,
+                    "pictures=false",
+                    "inference=multi_scale",
+                ]
+            )
+            == 0
+        )
         (row,) = json.loads(next(in_tmp.glob("runs/predict/*/predictions.json")).read_text())
         assert np.asarray(Image.open(row["map"])).shape == (60, 80)
         assert not list(in_tmp.glob("runs/predict/*/pictures"))

@@ -26,6 +26,14 @@ def test_every_argument_is_a_key_and_every_key_an_argument(file: Path) -> None:
     assert set(keys) - {"_target_"} - recipes == arguments - recipes
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_sources_have_every_key_and_build(file: Path) -> None:
+    for keys in yaml.safe_load(file.read_text()).get("sources", []):
+        source = get_class(keys["_target_"])
+        assert set(keys) - {"_target_"} == set(inspect.signature(source).parameters)
+        assert not instantiate(keys).ready(Path("nowhere"))
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_recipes_hold_their_defaults(file: Path) -> None:
     keys = yaml.safe_load(file.read_text())

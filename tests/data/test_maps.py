@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from detseg.data.check import DataError
-from detseg.data.maps import check_map, identity_labels, segments
+from detseg.data.maps import check_map, count_values, identity_labels, segments
 from detseg.ops import rle
 
 
@@ -21,6 +21,16 @@ def test_unknown_value_names_file_value_and_what_is_allowed(tmp_path: Path) -> N
     assert "m.png: value 7 (2 pixels)" in str(caught.value) and "[0, 1, 255]" in str(caught.value)
     with pytest.raises(DataError, match=r"the map is \(2, 3\), but its image is \(3, 2\)"):
         check_map(tmp_path / "m.png", (3, 2), None)
+
+
+@pytest.mark.parametrize("highest", [1, 255, 65535, 70000, 2**31 - 1])
+def test_values_are_counted_whatever_their_range(highest: int) -> None:
+    values = np.array([[0, highest, highest], [3, 3, 3]], dtype=np.int32)
+    wanted = {0: 1, 3: 3, highest: 2}
+    assert count_values(values) == wanted and count_values(values[:0]) == {}
+    assert count_values(np.where(values == 0, -5, values)) == {
+        -5 if value == 0 else value: n for value, n in wanted.items()
+    }
 
 
 def test_segments_are_the_objects_of_a_map() -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from detseg.data.check import DataError
 from detseg.data.masks import MaskFolder
+from detseg.data.transforms import SemanticTrain
 from drawn_data import NAMES, scenes, write_maps
 from shared import SHARED, needs_shared
 
@@ -139,3 +140,76 @@ def test_real_nuclei_from_their_instance_maps() -> None:
     ids = np.array(Image.open(root / sample.target.file.replace(".jpg", "_inst.png")))
     assert sample.target.masks is not None
     assert sample.target.masks.flatten(1).sum(dim=1).tolist() == np.bincount(ids.reshape(-1))[1:].tolist()
+
+
+def test_values_as_a_list(tmp_path: Path) -> None:
+    write_maps(tmp_path, scenes())
+    for number, scene in enumerate(scenes()):
+        rewrite(tmp_path, number, np.array([0, 2, 1, 255])[scene.classes])
+    data = MaskFolder(root=tmp_path, val=None, values=[None, "cup", "plate"])
+    assert data.class_names == ["cup", "plate"]
+    for number, scene in enumerate(scenes()):
+        np.testing.assert_array_equal(semantic(data, number), np.array([255, 1, 0, 255])[scene.classes])
+    rewrite(tmp_path, 0, np.full((48, 64), 3))
+    with pytest.raises(DataError, match=r"000\.png: value 3 \(3072 pixels\) .* allowed \[0, 1, 2, 255\]"):
+        MaskFolder(root=tmp_path, val=None, values=[None, "cup", "plate"]).dataset("train")
+
+
+def test_a_list_of_names_chooses_the_images_of_a_split(tmp_path: Path) -> None:
+    write_maps(tmp_path, scenes())
+    for split, names in {"train": "002\n000\n", "val": "001\n009\n"}.items():
+        (tmp_path / f"{split}.txt").write_text(names)
+    data = MaskFolder(root=tmp_path, images="train/images", masks="train/masks", lists="{split}.txt", class_names=ALL)
+    for number, place in enumerate((2, 0)):
+        np.testing.assert_array_equal(semantic(data, number), scenes()[place].classes)
+    assert len(data.dataset("val")) == 1 and data.report["val"].findings["missing_image"].first == [
+        "009 has neither image nor map"
+    ]
+    (tmp_path / "train.txt").write_text("000\n")  # whoever changes the list gets another data set
+    again = MaskFolder(root=tmp_path, images="train/images", masks="train/masks", lists="{split}.txt", class_names=ALL)
+    assert len(again.dataset("train")) == 1
+
+
+def test_a_class_that_a_split_lacks_keeps_its_label(tmp_path: Path) -> None:
+    for split, kept in (("train", [0, 1, 2, 3]), ("val", [0, 2, 2, 0])):
+        write_maps(tmp_path, scenes(), split)
+        for number, scene in enumerate(scenes()):
+            values = np.array(kept, dtype=np.uint8)[scene.classes]
+            Image.fromarray(values).save(tmp_path / split / "masks" / f"{number:03d}.png")
+    data = MaskFolder(root=tmp_path, class_names=ALL)
+    data.setup("fit")
+    assert data.class_names == ALL and data.num_classes == 4
+    assert data.report["val"].findings["absent_class"].first == ["cup", "fork"]
+    assert data.report["val"].clean and "absent_class" not in data.report["train"].findings
+    found = data.dataset("val")[0].target.semantic
+    assert found is not None and set(found.labels.unique().tolist()) == {0, 2}
+
+
+def test_maps_in_which_every_pixel_is_ignored(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_maps(tmp_path, scenes(), split)
+        for number in range(4):
+            Image.fromarray(np.full((48, 64), 255, dtype=np.uint8)).save(
+                tmp_path / split / "masks" / f"{number:03d}.png"
+            )
+    data = MaskFolder(root=tmp_path, val=None, test="test", class_names=ALL)
+    with pytest.raises(DataError, match=r"train/masks: every pixel of 4 maps is ignored \(values \[255\]\); look at"):
+        data.dataset("train")
+    assert len(data.dataset("test")) == 4 and data.report["test"].count("absent_class") == 4
+
+
+def test_images_one_pixel_high_and_wide(tmp_path: Path) -> None:
+    for folder in ("train/images", "train/masks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, size in {"wide": (1, 50), "high": (50, 1), "dot": (1, 1)}.items():
+        Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)).save(tmp_path / "train/images" / f"{name}.png")
+        Image.fromarray(np.ones(size, dtype=np.uint8)).save(tmp_path / "train/masks" / f"{name}.png")
+    recipe = SemanticTrain(crop=(16, 24), scale=(0.5, 2.0), cat_max_ratio=0.75)
+    data = MaskFolder(
+        root=tmp_path, val=None, class_names=ALL, train_transform=recipe, batch_size=3, num_workers=0, size_divisor=8
+    )
+    batch = next(iter(data.train_dataloader()))
+    assert tuple(batch.images.shape) == (3, 3, 16, 24)
+    for target in batch.targets:
+        assert target.semantic is not None and target.semantic.size == (16, 24)
+        assert set(target.semantic.labels.unique().tolist()) == {1, 255}

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from detseg.ops.selective_search import SelectiveSearch
 from detseg.ops.sliding_window import SlidingWindow
 from detseg.structures import Batch, Target
 from drawn_data import scenes, write_coco
-from shared import REPO
 
 
 class Counting:
@@ -168,22 +167,24 @@ class TestFill:
         assert "2 images" in caplog.messages[2] and "by Counting" in caplog.messages[2] and len(caplog.messages) == 3
 
 
-SCRIPT = """
-import sys; sys.path.insert(0, "tests"); sys.path.insert(0, "tests/data")
-from pathlib import Path
-import test_proposals
-split = test_proposals.dataset(Path(sys.argv[1]), count=40, seconds=float(sys.argv[2]))
-print("begins", flush=True)
-split.fill(workers=int(sys.argv[3]))
-print("done", flush=True)
-"""
+FORK = multiprocessing.get_context("fork")
+"""Processes of their own, to be killed, in which nothing has to be imported again."""
 
 
-def filler(tmp_path: Path, *, seconds: float, workers: int = 0) -> subprocess.Popen[str]:
-    """Start a process that fills 40 images, ``seconds`` each."""
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(seconds), str(workers)]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None and process.stdout.readline().strip() == "begins"
+def filler(tmp_path: Path, *, seconds: float, workers: int = 0) -> BaseProcess:
+    """Start a process, which leads a group, that fills 40 images, ``seconds`` each."""
+    begins = FORK.Event()
+
+    def fill() -> None:
+        os.setsid()
+        torch.set_num_threads(1)
+        split = dataset(tmp_path, count=40, seconds=seconds)
+        begins.set()
+        split.fill(workers=workers)
+
+    process = FORK.Process(target=fill)
+    process.start()
+    assert begins.wait(60)
     return process
 
 
@@ -195,8 +196,8 @@ class TestKilled:
         for _ in range(3):
             process = filler(tmp_path, seconds=0.05, workers=workers)
             time.sleep(0.35)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # it has been started
+            process.join()
             made.append(len(list((tmp_path / "data").rglob("*.boxes"))))
         split = dataset(tmp_path, count=40)
         filling = split.fill()
@@ -210,11 +211,13 @@ class TestKilled:
     def test_two_that_fill_at_once_share_the_work(self, tmp_path: Path) -> None:
         processes = [filler(tmp_path, seconds=0.05) for _ in range(2)]
         for process in processes:
-            assert process.wait(120) == 0
+            process.join(120)
+            assert process.exitcode == 0
         split = dataset(tmp_path, count=40)
         assert split.fill().finished
         calls = split.proposer.calls()
-        assert set(calls) == set(range(40)) and len(calls) <= 44  # where they meet, both may be at the same image
+        # An image under way counts as missing: by chance both make 1 of r left, which adds up to 4.3 of 40, at most 12.
+        assert set(calls) == set(range(40)) and len(calls) <= 52
         assert list((tmp_path / "data").rglob("*.part")) == []
 
 

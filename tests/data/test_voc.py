@@ -142,6 +142,17 @@ def test_a_value_that_is_no_class_is_an_error(tmp_path: Path) -> None:
     assert len(data) == 3 and data.report.count("missing_mask") == 1
 
 
+def test_a_class_that_the_maps_lack_keeps_its_value_and_label(tmp_path: Path) -> None:
+    write_voc(tmp_path, scenes())
+    names = ["background", *NAMES, "knife"]
+    data = Voc(root=tmp_path, val=None, class_names=names, truth="semantic")
+    assert data.class_names == names and data.dataset("train").report.findings["absent_class"].first == ["knife"]
+    for number in range(4):
+        Image.fromarray(np.full((48, 64), 255, dtype=np.uint8)).save(tmp_path / f"SegmentationClass/train_{number}.png")
+    with pytest.raises(DataError, match=r"every pixel of 4 maps is ignored \(values \[255\]\)"):
+        Voc(root=tmp_path, val=None, class_names=names, truth="semantic").dataset("train")
+
+
 @needs_shared
 def test_real_blood_cells() -> None:
     data = Voc(root=SHARED / "data" / "bccd", test="test", class_names=["RBC", "WBC", "Platelets"])

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.testing import assert_close
 
-from detseg.losses import separation_weights
+from detseg.losses import connected_regions, separation_weights
 
 
 def columns(*spans: tuple[int, int], width: int = 12) -> torch.Tensor:
@@ -36,3 +36,11 @@ def test_fewer_than_two_cells_weigh_nothing():
     assert_close(separation_weights(columns((2, 5))), torch.ones(3, 12))
     assert_close(separation_weights(columns()), torch.ones(3, 12))
     assert_close(separation_weights(columns((2, 5), (7, 7))), torch.ones(3, 12))  # the second one is empty
+
+
+def test_regions_of_each_class_are_told_apart():
+    labels = torch.tensor([[1, 1, 0, 2, 2], [0, 0, 1, 0, 255], [0, 0, 0, 0, 2]])
+    found = connected_regions(labels)
+    drawn = {tuple(map(tuple, mask.nonzero().tolist())) for mask in found}
+    assert drawn == {((0, 0), (0, 1), (1, 2)), ((0, 3), (0, 4)), ((2, 4),)}  # corners join
+    assert connected_regions(torch.full((2, 3), 255)).shape == (0, 2, 3)

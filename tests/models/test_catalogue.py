@@ -31,5 +31,5 @@ def test_oldest_paper_first():
 def test_class_names_are_loaded_when_asked_for():
     assert {"FCOS", "FasterRCNN", "MaskRCNN", "RetinaNet", "UNet", "available"} <= set(dir(models))
     assert models.UNet.__module__ == "detseg.models.unet"
-    with pytest.raises(AttributeError, match=r"detseg.models has no 'Perceptron'; it has FCOS"):
+    with pytest.raises(AttributeError, match=r"detseg.models has no 'Perceptron'; it has FCN, FCOS"):
         models.Perceptron  # noqa: B018

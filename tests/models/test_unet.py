@@ -1,15 +1,32 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 from torch.testing import assert_close
 
+from detseg.config import instantiate, load_config
 from detseg.losses import SegmentationLoss
 from detseg.models import BackboneUNet, UNet
 from detseg.models.unet import mirror
-from detseg.nn import TinyBackbone
+from detseg.nn import (
+    BedOfNails,
+    BilinearUpsampling,
+    DenseBlock,
+    DoubleConvolution,
+    InceptionBlock,
+    MaxUnpooling,
+    NearestUpsampling,
+    ResidualDoubleConvolution,
+    ResizeConvolution,
+    TinyBackbone,
+    TransposedConvolution,
+)
+from detseg.ops.upsampling import bilinear_kernel
 from detseg.structures import SemanticMap, Target
 
 
@@ -165,3 +182,92 @@ def test_errors_name_the_image_and_the_numbers():
         model.loss(logits, [Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=9)])
     with pytest.raises(ValueError, match="at least 2 classes, got 1; count the background"):
         UNet(num_classes=1)
+
+
+@pytest.mark.parametrize("size", [(40, 48), (33, 70), (1, 5), (20, 21)])
+def test_tiles_give_what_the_whole_image_gives(size):
+    whole = UNet(num_classes=3, width=2, depth=2).eval()
+    tiled = UNet(num_classes=3, width=2, depth=2, tile=16).eval()
+    tiled.load_state_dict(whole.state_dict())
+    shapes = []
+    tiled.head.register_forward_hook(lambda module, given, result: shapes.append(tuple(result.shape[2:])))
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        assert_close(tiled(images), whole(images))
+    assert max(max(shape) for shape in shapes) <= 16
+    assert len(shapes) >= (size[0] // 16) * (size[1] // 16)
+
+
+def test_the_papers_tile_is_one_forward_pass_of_572_pixels():
+    model = UNet(num_classes=2, width=2, tile=388).eval()
+    seen = []
+    model.down[0].register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape[2:])))
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 388, 388)).shape == (1, 2, 388, 388)
+    assert seen == [(572, 572)]
+    with pytest.raises(ValueError, match=r"tile 390 with depth 4 .* sides 16 n \+ 4, such as 388"):
+        UNet(num_classes=2, width=2, tile=390)
+    with pytest.raises(ValueError, match="tiles need padding=false"):
+        UNet(num_classes=2, width=2, tile=388, padding=True)
+
+
+def test_regions_stand_for_masks_where_there_are_none():
+    labels = torch.zeros(6, 9, dtype=torch.int64)
+    labels[:, :3], labels[:, 5:] = 1, 1
+    labels[0, 8] = 255
+    logits = torch.randn(1, 2, 6, 9)
+    masks = torch.stack([labels == 1, labels == 1])
+    masks[0, :, 4:], masks[1, :, :4] = False, False
+    boxes = torch.tensor([[0.0, 0, 3, 6], [5, 0, 9, 6]])
+    told = Target(boxes=boxes, labels=torch.tensor([0, 0]), masks=masks, semantic=SemanticMap(labels))
+    model = UNet(num_classes=2, width=2, depth=1, separation=10.0, regions=True)
+    first, second = (model.loss(logits, [given])["loss_cross_entropy"] for given in (told, target(labels)))
+    assert_close(first, second)
+    plain = UNet(num_classes=2, width=2, depth=1).loss(logits, [target(labels)])["loss_cross_entropy"]
+    assert abs(float(first - plain)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "kind", [NearestUpsampling, BilinearUpsampling, BedOfNails, MaxUnpooling, ResizeConvolution, TransposedConvolution]
+)
+def test_any_way_up(kind):
+    model = UNet(num_classes=2, width=2, depth=2, padding=True, upsample=kind)
+    result = model(torch.rand(1, 3, 9, 14))
+    assert result.shape == (1, 2, 9, 14)
+    result.square().sum().backward()
+    assert all(value.grad is not None for value in model.parameters())
+    if kind is not MaxUnpooling:
+        body = TinyBackbone(widths=(8, 8), stem=4, with_stem=True)
+        other = BackboneUNet(num_classes=2, backbone=body, widths=(8, 4), upsample=kind)
+        assert other(torch.rand(2, 3, 9, 14)).shape == (2, 2, 9, 14)
+
+
+def test_a_bilinear_start_is_kept():
+    start = partial(TransposedConvolution, bilinear=True)
+    body = TinyBackbone(widths=(8, 8), stem=4, with_stem=True)
+    model = BackboneUNet(num_classes=2, backbone=body, widths=(8, 4), upsample=start)
+    assert_close(model.enlarge[0].weight[0, 0], bilinear_kernel(4, 2))
+
+
+@pytest.mark.parametrize("kind", [DoubleConvolution, ResidualDoubleConvolution, DenseBlock, InceptionBlock])
+@pytest.mark.parametrize("padding", [True, False])
+def test_any_block_at_each_level(kind, padding):
+    model = UNet(num_classes=2, width=4, depth=2, padding=padding, norm=True, block=kind).eval()
+    images = torch.rand(1, 3, 18, 25)
+    assert model(images).shape == (1, 2, 18, 25)
+    if padding:
+        return
+    tiled = UNet(num_classes=2, width=4, depth=2, norm=True, block=kind, tile=16).eval()
+    tiled.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_close(tiled(images), model(images))
+
+
+@pytest.mark.parametrize("choice", ["double", "residual", "dense", "inception"])
+def test_blocks_are_a_config_group(choice):
+    cfg = load_config("model=unet_small", f"block@model.block={choice}")
+    cfg.data.num_classes = 3
+    model = instantiate(OmegaConf.to_container(cfg.model, resolve=True), path="model")
+    logits = model(torch.rand(2, 3, 16, 20))
+    sum(model.loss(logits, [target(torch.zeros(16, 20, dtype=torch.int64))] * 2).values()).backward()
+    assert all(value.grad is not None for value in model.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -40,8 +40,9 @@ def perturb(model: nn.Module) -> None:
                 parameter.mul_(0.2).add_(torch.randn(parameter.shape, generator=generator) * 0.01)
 
 
+@lru_cache(maxsize=4)
 def pair(kind: str, body: str = "resnet18", *, sample_all: bool = False) -> tuple[nn.Module, FasterRCNN | MaskRCNN]:
-    """Return torchvision's model and ours with its weights, both in eval mode.
+    """Return torchvision's model and ours with its weights, both in eval mode; nobody changes them.
 
     Args:
         kind: ``faster`` or ``mask``.

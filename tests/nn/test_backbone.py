@@ -42,6 +42,33 @@ def test_torchvision_features_are_cut_where_the_resolution_halves():
     assert "0.0.weight" in backbone.state_dict()  # torchvision's own names below ``features``
 
 
+@pytest.mark.parametrize("name", [f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")])
+def test_a_vgg_is_torchvisions_without_its_classifier(name):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(weights=None, init_weights=False).features
+    body = TorchvisionBackbone(name=name, strides=(2, 4, 8, 16, 32))
+    layers = [body.get_submodule(layer) for layer in body.layer_names]
+    assert [repr(layer) for layer in layers] == [repr(layer) for layer in theirs]
+    assert {key: value.shape for key, value in body.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):  # drawn by He's rule, as there
+            spread = (2 / (layer.out_channels * 9)) ** 0.5
+            assert float(layer.weight.detach().std()) == pytest.approx(spread, rel=0.05) and not layer.bias.any()
+
+
+def test_a_file_of_a_whole_vgg_fills_its_convolutions(tmp_path):
+    features = TorchvisionBackbone(name="vgg11", strides=(32,))
+    state = {f"features.{key}": value for key, value in features.state_dict().items()}
+    state |= {f"classifier.{layer}.{part}": torch.zeros(1) for layer in (0, 3, 6) for part in ("weight", "bias")}
+    torch.save(state, tmp_path / "vgg11.pth")
+    body = TorchvisionBackbone(name="vgg11", weights=tmp_path / "vgg11.pth", strides=(8, 16))
+    assert body.channels == [512, 512] and body.layer_names[-1] == "19"
+    for key, value in body.state_dict().items():
+        assert_close(value, state[f"features.{key}"], rtol=0, atol=0)
+
+
 def test_unused_layers_are_left_out():
     assert not any(
         name.startswith("layer3") for name in TorchvisionBackbone(name="resnet18", strides=(4, 8)).state_dict()

@@ -29,3 +29,18 @@ def test_a_block_keeps_the_size_and_has_the_weights_of_one_convolution(deformabl
     assert maps.shape == (2, 5, 7, 3) and float(maps.detach().min()) == 0.0
     places = 9 * 6 * 27 + 27 if deformable else 0
     assert sum(value.numel() for value in block.parameters()) == 9 * 6 * 5 + 2 * 5 + places
+
+
+@torch.no_grad()
+def test_bfloat16_gives_what_float32_does_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    layer = DeformableConvolution(8, 4)
+    nn.init.normal_(layer.places.weight, std=0.1)
+    maps = torch.randn(1, 8, 6, 7)
+    wanted = layer(maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(maps)
+    whole = layer.bfloat16()(maps.bfloat16())
+    assert mixed.dtype == whole.dtype == torch.bfloat16
+    for found in (mixed, whole):
+        assert_close(found.float(), wanted, rtol=0.05, atol=0.05)

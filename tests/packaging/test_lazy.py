@@ -31,6 +31,31 @@ def test_help_loads_nothing_heavy():
         assert verb in output
 
 
+LAUNCHER = """
+import os
+from pathlib import Path
+import detseg.cli.verbs, detseg.engine.processes.launch
+from detseg.cli.show import show
+from detseg.config import load_config
+from detseg.engine.processes.plan import launches
+from detseg.experiment import Outcome, check_start, is_first_process
+cfg = load_config("trainer=ddp_cpu")
+check_start(cfg)
+assert launches(cfg)
+figures = {"map": 0.5, "ar": float("nan"), "ar_count": 0.0, "map/apple": 0.25}
+show(Outcome(directory=Path("run"), figures=figures, monitor="map", class_names=["apple"]))
+for rank in ("0", "1"):
+    os.environ["RANK"] = rank
+    assert is_first_process() == (rank == "0")
+"""
+
+
+def test_what_starts_processes_and_prints_their_figures_loads_neither_torch_nor_lightning():
+    loaded, output = loaded_by(LAUNCHER)
+    assert loaded == ["hydra", "omegaconf"]
+    assert all(text in output for text in ("0.5000", "n/a (0 objects)", "0.2500", "run"))
+
+
 def test_structures_do_not_load_lightning():
     assert loaded_by("from detseg import Detections, Target")[0] == ["torch", "numpy"]
 

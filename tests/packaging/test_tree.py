@@ -15,20 +15,29 @@ from shared import REPO
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 PUBLIC_HOSTS = {
     "arxiv.org",
+    "calvin.inf.ed.ac.uk",
     "cocodataset.org",
-    "doi.org",
+    "data.csail.mit.edu",
     "docs.python.org",
     "docs.pytorch.org",
+    "doi.org",
     "download.pytorch.org",
     "github.com",
+    "home.bharathh.info",
     "host.robots.ox.ac.uk",
     "hydra.cc",
+    "images.cocodataset.org",
     "keepachangelog.com",
     "openaccess.thecvf.com",
     "proceedings.neurips.cc",
     "pytorch.org",
+    "sceneparsing.csail.mit.edu",
     "semver.org",
+    "thor.robots.ox.ac.uk",
     "www.apache.org",
+    "www.cityscapes-dataset.com",
+    "www.robots.ox.ac.uk",
+    "www2.eecs.berkeley.edu",
 }
 
 

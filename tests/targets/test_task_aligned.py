@@ -132,6 +132,20 @@ def test_nothing_to_learn_and_predictions_that_are_not_numbers() -> None:
         assert bool((matched == -1).all()) and bool((quality == 0).all())
 
 
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_the_largest_of_each_owner_among_equals_the_first(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    owner = torch.randint(0, 9, (300,), generator=generator)
+    owner = owner[owner != 4].sort().values  # one of the nine has none
+    values = torch.randint(0, 12, (len(owner),), generator=generator) / 8  # many equals
+    wanted = []
+    for row in range(9):
+        mine = (owner == row).nonzero()[:, 0].tolist()
+        wanted += sorted(mine, key=lambda index: (-float(values[index]), index))[:count]
+    assert task_aligned._top(owner, values, 9, count).tolist() == wanted
+    assert len(wanted) == 8 * count
+
+
 def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"top_k is 0, alpha 0\.5 and beta 6\.0"):
         TaskAlignedAssigner(top_k=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from detseg import tasks
+from detseg.models.fcn import FCN, FCNHead
+from detseg.nn import TinyBackbone
 from detseg.structures import Detections, SemanticMap, Target
 from fake_models import FakeDetector, FakeRegions, FakeSegmenter, FakeTwoStage, batch, boxes, loader, trainer
 
@@ -45,8 +48,8 @@ def validate(task: tasks.Task, target: Target, tmp_path: Path) -> dict[str, Any]
     return dict(trainer(tmp_path).validate(task, loader(batch([target])), verbose=False)[0])
 
 
-def make(kind: type[tasks.Task], model: nn.Module, names: list[str] = NAMES) -> tasks.Task:
-    return kind(model=model, optimizer=SGD, class_names=names, monitor="val/loss", mode="min")
+def make(kind: type[tasks.Task], model: nn.Module, names: list[str] = NAMES, **more: object) -> tasks.Task:
+    return kind(model=model, optimizer=SGD, class_names=names, monitor="val/loss", mode="min", **more)
 
 
 def test_one_stage_and_anchor_free_are_one_class_with_the_models_diagnostics(tmp_path: Path):
@@ -111,6 +114,18 @@ def test_semantic_logs_iou_per_class(tmp_path: Path):
     assert logged["val/dice/pear"] == pytest.approx(2 * 0.75 / 1.75)  # Dice = 2 IoU / (1 + IoU)
     assert "val/iou/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
     assert logged["val/pixel_accuracy"] == pytest.approx(0.75)
+    assert "val/boundary_iou" not in logged
+
+
+def test_semantic_logs_borders_where_they_are_asked_for(tmp_path: Path):
+    """The border between pear and apple is not seen at all."""
+    labels = torch.ones(16, 16, dtype=torch.int64)
+    labels[:8, :8] = 0
+    target = Target(boxes(), torch.zeros(0, dtype=torch.int64), semantic=SemanticMap(labels), image_id=1, size=(16, 16))
+    task = make(tasks.SemanticSegmentation, FakeSegmenter(), ["apple", "pear", "plum"], boundary=True)
+    logged = validate(task, target, tmp_path)
+    assert logged["val/boundary_iou"] == 0 and logged["val/boundary_f/pear"] == 0
+    assert "val/boundary_f/plum" not in logged and logged["val/miou"] == pytest.approx(0.375)
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["some", "none"])
@@ -134,3 +149,20 @@ def test_a_model_without_proposals_is_given_none(tmp_path: Path):
     seen = batch([truth((0, 0, 8))])
     runner.fit(make(tasks.Detection, FakeDetector()), loader(seen), loader(seen))
     assert runner.global_step == 1
+
+
+def test_an_auxiliary_head_is_learnt_and_logged_but_not_asked(tmp_path: Path):
+    body = TinyBackbone(widths=(8, 8), stem=8)
+    model = FCN(num_classes=3, backbone=body, auxiliary=FCNHead, auxiliary_weight=0.25)
+    labels = torch.zeros(16, 16, dtype=torch.int64)
+    labels[:, 8:] = 1
+    target = Target(boxes(), torch.zeros(0, dtype=torch.int64), semantic=SemanticMap(labels), image_id=1, size=(16, 16))
+    task = make(tasks.SemanticSegmentation, model, ["apple", "pear", "plum"])
+    nn.init.constant_(model.aux_classifier[4].weight, 0.0)
+    nn.init.constant_(model.aux_classifier[4].bias, 0.0)
+    logged = validate(task, target, tmp_path)
+    third = math.log(3)  # both heads hold three classes for equally likely
+    assert logged["val/loss_cross_entropy"] == pytest.approx(third, rel=1e-5)
+    assert logged["val/loss_auxiliary_cross_entropy"] == pytest.approx(0.25 * third, rel=1e-5)
+    assert logged["val/loss"] == pytest.approx(1.25 * third, rel=1e-5)
+    assert "val/miou" in logged

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from detseg.tasks.schedules import OneCycle, WarmupCosine, WarmupMultiStep, cosine, one_cycle, warmup_cosine
+from detseg.tasks.schedules import (
+    OneCycle,
+    Polynomial,
+    WarmupCosine,
+    WarmupMultiStep,
+    cosine,
+    one_cycle,
+    warmup_cosine,
+)
 
 
 def rates(make: Callable[[torch.optim.Optimizer], LRScheduler], steps: int, peaks: tuple[float, ...] = (1.0,)):
@@ -88,3 +96,17 @@ def test_shares_are_checked(kind: type[LRScheduler], argument: dict[str, object]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match=r"share of all steps"):
         kind(optimizer, total_steps=10, **argument)
+
+
+def test_poly_falls_as_deeplabs_and_ends_near_nothing():
+    seen = rates(lambda optimizer: Polynomial(optimizer, total_steps=10), 10)
+    assert seen == pytest.approx([(1 - step / 10) ** 0.9 for step in range(10)])
+    line = rates(lambda optimizer: Polynomial(optimizer, total_steps=4, power=1.0, end=0.4), 4)
+    assert line == pytest.approx([1, 0.75, 0.5, 0.4])
+
+
+def test_poly_rises_first_where_it_is_told_to():
+    seen = rates(lambda optimizer: Polynomial(optimizer, total_steps=8, power=1.0, warmup_steps=2, start=0.5), 8)
+    assert seen[:3] == pytest.approx([0.5, 0.75 * 7 / 8, 6 / 8])
+    with pytest.raises(ValueError, match=r"scheduler\.power is 0"):
+        rates(lambda optimizer: Polynomial(optimizer, total_steps=8, power=0), 1)

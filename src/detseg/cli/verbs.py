@@ -113,7 +113,6 @@ def train_one(cfg: DictConfig) -> float | None:
     from detseg.engine.sweeps.sweep import run_trial
     from detseg.experiment import is_first_process, train
 
-    quiet()
     hydra_cfg = HydraConfig.get()
     try:
         if hydra_cfg.mode == RunMode.MULTIRUN:

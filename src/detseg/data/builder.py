@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from detseg.data.check import FIRST_FEW, DataError, Report, both_lists
 from detseg.data.store import AnnotationStore, Array, Texts
 from detseg.ops import rle
+from detseg.structures.maps import IGNORE_INDEX
 
 SLACK = 0.01
 """Pixels that a box may stick out unreported: the rounding of two decimals. It is clipped all the same."""
@@ -81,17 +82,26 @@ class StoreBuilder:
         self.files: list[str] = []
         self.maps: list[str] = []
         self.map_labels: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
+        self.map_values: set[int] = set()
         self.image_ids: list[int] = []
         self.sizes: list[tuple[int, int]] = []
         self.objects: list[RawObject] = []
 
-    def add_image(self, file: str, image_id: int, size: tuple[int, int], map_file: str | None = None) -> int:
-        """Add an image of upright (height, width) ``size`` and return its row."""
+    def add_image(
+        self,
+        file: str,
+        image_id: int,
+        size: tuple[int, int],
+        map_file: str | None = None,
+        map_values: Iterable[int] = (),
+    ) -> int:
+        """Add an image of upright (height, width) ``size``, with its map and the values in it; return its row."""
         self.files.append(file)
         self.image_ids.append(image_id)
         self.sizes.append(size)
         if map_file is not None:
             self.maps.append(map_file)
+            self.map_values.update(map_values)
         return len(self.files) - 1
 
     def add(self, item: RawObject) -> None:
@@ -112,7 +122,7 @@ class StoreBuilder:
         """Return the checked store and complete the report.
 
         Raises:
-            DataError: there are no images, or no objects and ``allow_empty`` is false.
+            DataError: there are no images, or ``allow_empty`` is false and there are no objects, or no labelled pixel.
         """
         self.objects.sort(key=lambda item: item.image)  # stable: the file's order within an image
         sizes = np.array(self.sizes, dtype=np.int64).reshape(-1, 2)
@@ -129,7 +139,21 @@ class StoreBuilder:
                 f"{self.report.source}: nothing to learn from: {len(self.files)} images, {len(self.objects)} objects. "
                 f"{both_lists(self.wanted, self.found_names)}\n{self.report}"
             )
+        if self.maps:
+            self._check_maps(allow_empty)
         return self._pack(sizes, boxes, counts)
+
+    def _check_maps(self, allow_empty: bool) -> None:
+        """Report the classes that no map shows; raise where none is shown at all and some have to be."""
+        shown = {int(self.map_labels[value]) for value in self.map_values} - {IGNORE_INDEX}
+        if not shown and not allow_empty:
+            raise DataError(
+                f"{self.report.source}: every pixel of {len(self.maps)} maps is ignored (values "
+                f"{sorted(self.map_values)}); look at what they stand for, such as data.values"
+            )
+        for label, name in enumerate(self.names):
+            if label not in shown:
+                self.report.add("absent_class", name)
 
     def _good_rings(self, item: RawObject, where: str) -> bool:
         """Drop rings that are none; return whether any is left."""

@@ -20,7 +20,7 @@ import numpy as np
 from detseg.data.check import Report
 from detseg.data.store import AnnotationStore
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a store, or what the check does, changes, so that older files are not found."""
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ KINDS = {
     "no_mask": "object without a mask where masks are wanted, dropped",
     "other_class": "object of a class that was not asked for, left out",
     "no_objects": "image without objects",
+    "absent_class": "class of which the maps have no pixel; it keeps its label, and its figures are n/a",
 }
 """What a report counts; the key is the kind's name in code and tests."""
 
@@ -73,8 +74,8 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing had to be repaired or left out; images without objects are no fault."""
-        return not set(self.findings) - {"no_objects"}
+        """Whether nothing had to be repaired or left out; images without objects and absent classes are no fault."""
+        return not set(self.findings) - {"no_objects", "absent_class"}
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.images} images, {self.objects} objects"]

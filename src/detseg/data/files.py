@@ -18,6 +18,7 @@ from detseg.data.check import DataError, Report
 from detseg.data.image import image_size, read_image, read_map
 from detseg.data.module import DetectionData
 from detseg.data.sample import Sample, SampleDataset
+from detseg.data.source import Source, provide_all
 from detseg.data.store import AnnotationStore
 from detseg.structures import SemanticMap
 from detseg.structures.maps import IGNORE_INDEX
@@ -181,6 +182,16 @@ class FileData(DetectionData):
         if not self.splits:
             raise ValueError(f"{type(self).__name__}: train, val and test are all None; name at least one split")
 
+    download: bool = False
+    """Whether ``sources`` provide what is missing before the first split is read; readers that can set both."""
+    sources: Sequence[Source] = ()
+
+    @property
+    def hint(self) -> str:
+        """What to add to a message about a missing file: how it can be fetched, where that is so."""
+        missing = bool(self.sources) and not self.download and not all(each.ready(self.root) for each in self.sources)
+        return "; or data.download=true to fetch the data set" if missing else ""
+
     @abstractmethod
     def inputs(self, split: str) -> tuple[Iterable[Path], Iterable[Path]]:
         """Return the annotation files of ``split`` and the folders of its images: what a cached check depends on."""
@@ -195,8 +206,10 @@ class FileData(DetectionData):
 
     def read(self, split: str) -> StoreDataset:
         """Return the checked samples of ``split``, from the cache if nothing has changed since the last check."""
+        if self.download:
+            provide_all(self.sources, self.root)
         if not self.root.is_dir():
-            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; set data.root")
+            raise DataError(f"{type(self).__name__}: there is no folder {self.root}; set data.root{self.hint}")
         contents, folders = self.inputs(split)
         key = cache.fingerprint(options=f"{self.options()} {split}", contents=contents, folders=folders)
         kept = cache.load(key)

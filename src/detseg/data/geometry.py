@@ -26,6 +26,9 @@ class LabelMask(tv_tensors.Mask):  # type: ignore[misc]  # torchvision has no ty
 UNLABELLED = -1
 """Stands for the map's own ignore index between two steps."""
 
+TRIES = 10
+"""Places of a crop that are tried at most, as MMSegmentation does; see ``ResizeAndCrop.draw``."""
+
 
 class Window(NamedTuple):
     """What part of the source goes where, all in pixels: (top, left) and (height, width) pairs.
@@ -171,6 +174,7 @@ class ResizeAndCrop(Windowed):
         canvas: tuple[int, int] | None = None,
         scale: tuple[float, float] | None = None,
         anchor: tuple[float | None, float | None] = (None, None),
+        good: Callable[[Window], bool] | None = None,
     ) -> Window:
         """Draw a window.
 
@@ -181,23 +185,30 @@ class ResizeAndCrop(Windowed):
             scale: range of the factor, in place of the step's own.
             anchor: where a smaller image lies on the canvas, down and to the right: 0 at the start, 1 at the end,
                 ``None`` at random.
+            good: says whether a window will do. The place, not the factor, is drawn anew until it does, ``TRIES``
+                times in all; the last stays.
         """
         low, high = self.scale if scale is None else scale
         factor = low + (high - low) * float(torch.rand(())) if high > low else low
         fitted = self.fit(size, within)
-        axes = []
-        for axis, length in enumerate(size):
-            resized = max(1, round(fitted[axis] * factor))
-            if canvas is not None:
-                room = canvas[axis]
-            elif self.crop is not None:
-                room = max(1, round(self.crop[axis] * self.zoom))
-            elif self.size is not None:
-                room = max(1, round(fitted[axis]))
-            else:
-                room = min(resized, max(1, round(fitted[axis])))
-            axes.append(_place(length, resized, room, anchor[axis]))
-        return Window(*zip(*axes, strict=True))
+        sides = [self._side(axis, fitted[axis], factor, canvas) for axis in range(2)]  # (resized, room) of each axis
+        for _ in range(TRIES):
+            axes = [_place(length, *sides[axis], anchor[axis]) for axis, length in enumerate(size)]
+            window = Window(*zip(*axes, strict=True))
+            if good is None or window.span == size or good(window):  # a whole image shows the same wherever it lies
+                break
+        return window
+
+    def _side(self, axis: int, fitted: float, factor: float, canvas: tuple[int, int] | None) -> tuple[int, int]:
+        """Return how long one axis of the image becomes, and the room that the canvas has for it, in pixels."""
+        resized = max(1, round(fitted * factor))
+        if canvas is not None:
+            return resized, canvas[axis]
+        if self.crop is not None:
+            return resized, max(1, round(self.crop[axis] * self.zoom))
+        if self.size is not None:
+            return resized, max(1, round(fitted))
+        return resized, min(resized, max(1, round(fitted)))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the window for the one image among the inputs (called by v2)."""

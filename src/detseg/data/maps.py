@@ -33,14 +33,24 @@ def check_map(path: Path, size: tuple[int, int], allowed: Collection[int] | None
     if values.shape != size:
         raise DataError(f"{path}: the map is {values.shape}, but its image is {size} (height, width); they must agree")
     if allowed is not None:
-        unknown = sorted(set(np.unique(values).tolist()) - set(allowed))
+        counts = count_values(values)
+        unknown = sorted(counts.keys() - set(allowed))
         if unknown:
-            count = int((values == unknown[0]).sum())
             raise DataError(
-                f"{path}: value {unknown[0]} ({count} pixels) is not in the map of values; found there {unknown[:8]}, "
-                f"allowed {sorted(allowed)[:40]}. List it in data.values, with a class or with null to ignore it"
+                f"{path}: value {unknown[0]} ({counts[unknown[0]]} pixels) is not in the map of values; found there "
+                f"{unknown[:8]}, allowed {sorted(allowed)[:40]}. List it in data.values, with a class or with null to "
+                "ignore it"
             )
     return values
+
+
+def count_values(values: Map) -> dict[int, int]:
+    """Return value -> number of pixels, of the values that a map holds; 16 bits are counted, more are sorted."""
+    if values.size and values.min() >= 0 and values.max() < 2**16:
+        counts = np.bincount(values.reshape(-1))
+        return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+    found, numbers = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), numbers.tolist(), strict=True))
 
 
 def identity_labels(num_classes: int) -> NDArray[np.uint8]:

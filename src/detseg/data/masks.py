@@ -1,12 +1,18 @@
 """Folders of images with a map each: classes (semantic), or instance ids (boxes, instance masks, semantic).
 
-Which class a value stands for is written down, either as ``values`` such as ``{0: background, 255: person}`` or as
-``class_names``, where value k is class k and 255 is ignored. A value that is not written down is an error: nothing is
-guessed from the data. 8-bit and 16-bit grey and palette files are read alike, by value.
+Which class a value stands for is written down: as ``values`` such as ``{0: background, 255: person}``, as a list of the
+classes of value 0, 1, 2 and so on, where 255 is ignored, or as ``class_names``, which are such a list. A value that is
+not written down is an error: nothing is guessed from the data. A class that is written down keeps its label whether or
+not a split shows it. 8-bit and 16-bit grey and palette files are read alike, by value.
+
+Most data sets of semantic segmentation are such folders: conf/data has VOC 2012, Cityscapes, ADE20K, CamVid,
+COCO-Stuff and Oxford-IIIT Pets as tables of values.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +22,16 @@ import numpy as np
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
 from detseg.data.files import FileData, Pattern, below
-from detseg.data.image import SUFFIXES, image_size
-from detseg.data.maps import Map, check_map, segments
+from detseg.data.image import image_size
+from detseg.data.maps import check_map, count_values, segments
+from detseg.data.pairs import Pairs, find_pairs
+from detseg.data.source import Source
 from detseg.structures.maps import IGNORE_INDEX
+
+log = logging.getLogger(__name__)
+
+TELL_EVERY = 20.0
+"""Seconds between two lines about a long check: COCO-Stuff's 118,287 maps take minutes once."""
 
 
 class MaskFolder(FileData):
@@ -28,12 +41,18 @@ class MaskFolder(FileData):
         root: folder of the data set.
         images: folder of the images below the root.
         masks: folder of the maps below the root; it may be the folder of the images, if ``mask_suffix`` is set.
-        mask_suffix: what a map's name has after the image's, such as ``_inst``.
+        image_suffix: what an image's name has after the one that it shares with its map, such as ``_leftImg8bit``.
+        mask_suffix: what a map's name has after the shared one, such as ``_inst``.
+        lists: file below the root with the names of a split, see :func:`~detseg.data.pairs.read_names`; ``None``: all
+            files of its folders.
+        nested: whether the folders have folders within, the same for images and maps.
         holds: ``classes``: a value is a class; ``instances``: a value is one object, and 0 is none.
-        values: value -> class name; several values may share a name, and ``null`` ignores the value. With ``instances``
-            and a divisor, the class of an object is ``values[value // instance_divisor]``.
+        values: value -> class name, or the list of them; several values may share a name, and ``null`` ignores the
+            value. With ``instances`` and a divisor, the class of an object is ``values[value // instance_divisor]``.
         instance_divisor: with ``instances``: an object's value is class * divisor + number, as in Cityscapes (1000);
             values below the divisor are no objects. ``None``: all objects are of one class.
+        download: let the sources provide what is missing below the root.
+        sources: where the files come from.
         train, val, test, drop_empty, cache_images and what follows: see :class:`~detseg.data.files.FileData`.
 
     Raises:
@@ -46,10 +65,15 @@ class MaskFolder(FileData):
         root: str | Path,
         images: Pattern = "{split}/images",
         masks: Pattern = "{split}/masks",
+        image_suffix: str = "",
         mask_suffix: str = "",
+        lists: Pattern | None = None,
+        nested: bool = False,
         holds: str = "classes",
-        values: Mapping[int, str | None] | None = None,
+        values: Mapping[int, str | None] | Sequence[str | None] | None = None,
         instance_divisor: int | None = None,
+        download: bool = False,
+        sources: Sequence[Source] = (),
         train: str | None = "train",
         val: str | None = "val",
         test: str | None = None,
@@ -100,48 +124,69 @@ class MaskFolder(FileData):
                 "MaskFolder: set data.values, such as {0: background, 255: person} or, for maps of instance ids of one "
                 "class, {1: person}; or data.class_names: what a value stands for is not guessed"
             )
-        if not all(str(value).isdecimal() for value in values or {}):
-            raise ValueError(f"MaskFolder: values must be {{value: class}}, such as {{0: background}}, got {values}")
-        self.images, self.masks, self.mask_suffix, self.holds = images, masks, mask_suffix, holds
-        self.instance_divisor = instance_divisor
-        self.values = None if values is None else {int(value): name for value, name in values.items()}
+        if download and not sources:
+            raise ValueError("MaskFolder: data.download=true, but data.sources names no place to fetch from")
+        self.images, self.masks, self.image_suffix, self.mask_suffix = images, masks, image_suffix, mask_suffix
+        self.lists, self.nested, self.holds, self.instance_divisor = lists, nested, holds, instance_divisor
+        self.download, self.sources = download, sources
+        self.values = None if values is None else _table(values)
 
     def options(self) -> str:
         """Add what the values mean and where the files lie."""
-        parts = (self.images, self.masks, self.mask_suffix, self.holds, self.values, self.instance_divisor)
-        return f"{super().options()} {parts} {self.split_names}"
+        parts = (self.images, self.masks, self.image_suffix, self.mask_suffix, self.lists, self.nested, self.holds)
+        return f"{super().options()} {parts} {self.values} {self.instance_divisor} {self.split_names}"
 
     def inputs(self, split: str) -> tuple[Iterable[Path], Iterable[Path]]:
-        """Return the maps and the image folder."""
-        folder = self.path(self.masks, split)
-        contents = sorted(folder.glob(f"*{self.mask_suffix}.*")) if folder.is_dir() else []
-        return contents, [self.path(self.images, split)]
+        """Return the list of names, if there is one, with the maps, and the image folder."""
+        pairs, listed = self.pairs(split), self._list(split)
+        return [*([listed] if listed else []), *pairs.maps.values()], [self.path(self.images, split)]
+
+    def pairs(self, split: str) -> Pairs:
+        """Return the images and maps of ``split``."""
+        try:
+            return find_pairs(
+                self.path(self.images, split),
+                self.path(self.masks, split),
+                image_suffix=self.image_suffix,
+                mask_suffix=self.mask_suffix,
+                nested=self.nested,
+                listed=self._list(split),
+            )
+        except DataError as error:
+            raise DataError(f"MaskFolder: {error}{self.hint}") from error
 
     def scan(self, split: str) -> StoreBuilder:
         """Read every map of ``split``."""
-        images, maps = self._pairs(split)
+        pairs, source = self.pairs(split), str(self.path(self.masks, split))
         if self.holds == "classes":
             names = self._map_names()
-            builder = StoreBuilder(source=str(self.path(self.masks, split)), categories=dict(enumerate(names)))
+            builder = StoreBuilder(source=source, categories=dict(enumerate(names)))
             builder.map_labels = self._map_labels(names)
         else:
-            builder = StoreBuilder(
-                source=str(self.path(self.masks, split)), categories=self._object_names(), wanted=self.wanted_objects
-            )
-        for stem in sorted(maps.keys() - images.keys()):
-            builder.report.add("missing_image", f"{stem} has a map only")
-        for number, (stem, image) in enumerate(images.items()):
-            if stem not in maps:
+            builder = StoreBuilder(source=source, categories=self._object_names(), wanted=self.wanted_objects)
+        told = time.monotonic()
+        for number, name in enumerate(pairs.names):
+            if time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                log.info(
+                    "%s: %d of %d maps checked; the result is kept for later runs", source, number, len(pairs.names)
+                )
+            image, file = pairs.images.get(name), pairs.maps.get(name)
+            if image is None:
+                builder.report.add(
+                    "missing_image", f"{name} has {'neither image nor map' if file is None else 'a map only'}"
+                )
+            elif file is None:
                 builder.report.add("missing_mask", str(image))
-                continue
-            self._add(builder, number, image, maps[stem])
+            else:
+                self._add(builder, image, file)
         return builder
 
-    def _add(self, builder: StoreBuilder, number: int, image: Path, file: Path) -> None:
-        size, name = image_size(image), below(self.root, image)
+    def _add(self, builder: StoreBuilder, image: Path, file: Path) -> None:
+        size, name, number = image_size(image), below(self.root, image), len(builder.files)
         if self.holds == "classes":
-            check_map(file, size, np.flatnonzero(self._allowed()).tolist())
-            builder.add_image(name, number, size, map_file=below(self.root, file))
+            found = count_values(check_map(file, size, self._meanings().keys()))
+            builder.add_image(name, number, size, map_file=below(self.root, file), map_values=found)
             return
         row, divisor = builder.add_image(name, number, size), self.instance_divisor
         values = check_map(file, size, None)
@@ -157,24 +202,8 @@ class MaskFolder(FileData):
             if listed[category] is not None:
                 builder.add(RawObject(row, box, category, f"object {value}", code=code))
 
-    def _pairs(self, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
-        """Return images and maps by their common name."""
-        folder, masks = self.path(self.images, split), self.path(self.masks, split)
-        for each in (folder, masks):
-            if not each.is_dir():
-                raise DataError(f"MaskFolder: there is no folder {each}; set data.images and data.masks")
-        end = self.mask_suffix
-        files = [
-            path for path in sorted(masks.iterdir()) if path.suffix.lower() in SUFFIXES and path.stem.endswith(end)
-        ]
-        maps = {path.stem[: len(path.stem) - len(end)]: path for path in files}
-        taken = set(maps.values())
-        images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and path not in taken]
-        found = {path.stem: path for path in images}
-        for path in images:
-            if found[path.stem] != path:
-                raise DataError(f"{path} and {found[path.stem].name} share a name, so a map cannot tell them apart")
-        return found, maps
+    def _list(self, split: str) -> Path | None:
+        return None if self.lists is None else self.path(self.lists, split)
 
     def _map_names(self) -> list[str]:
         """Return the class names in the order of their labels: of their lowest values, or as asked for."""
@@ -189,11 +218,6 @@ class MaskFolder(FileData):
         if self.values is not None:
             return self.values
         return {IGNORE_INDEX: None} | dict(enumerate(self.wanted_names or ()))
-
-    def _allowed(self) -> Map:
-        allowed = np.zeros(max(self._meanings()) + 1, dtype=np.int32)
-        allowed[list(self._meanings())] = 1
-        return allowed
 
     def _map_labels(self, names: list[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if len(names) > IGNORE_INDEX:
@@ -213,3 +237,12 @@ class MaskFolder(FileData):
         if self.values is None:
             return dict(enumerate(self.wanted_objects or (), start=1))
         return {value: name for value, name in self.values.items() if name is not None}
+
+
+def _table(values: Mapping[int, str | None] | Sequence[str | None]) -> dict[int, str | None]:
+    """Return value -> class name from either form."""
+    if not isinstance(values, Mapping):
+        return {IGNORE_INDEX: None} | dict(enumerate(values))
+    if not all(str(value).isdecimal() for value in values):
+        raise ValueError(f"MaskFolder: values must be {{value: class}}, such as {{0: background}}, got {values}")
+    return {int(value): name for value, name in values.items()}

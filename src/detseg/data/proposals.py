@@ -110,8 +110,8 @@ class ProposedDataset(SampleDataset):
     def fill(self, *, workers: int = 0, rank: int = 0, world_size: int = 1) -> Filling:
         """Make all proposals that are missing.
 
-        Several processes, and several runs, may do so at once: each begins at another place and leaves out what the
-        others have made. Killed at any moment, a later filling goes on where this one was.
+        Several processes, and several runs, may do so at once: each goes through the images in another order and
+        leaves out what the others have made. Killed at any moment, a later filling goes on where this one was.
 
         Args:
             workers: processes that make them; 0 does so in this one.
@@ -128,10 +128,11 @@ class ProposedDataset(SampleDataset):
                 return Filling(images=images, finished=True)
         filling, digests = Filling(images=images), [""] * images
         self.prepare()
-        first = secrets.randbelow(max(1, images)) if world_size == 1 else rank * images // world_size
+        places = np.roll(np.arange(images), -(rank * images // world_size))  # ranks meet where all is done
+        if world_size == 1:  # in one order, runs that met would make the rest side by side, each image twice
+            places = np.random.default_rng(secrets.randbits(64)).permutation(images)
         with _progress(self.name, images, show=rank == 0) as tell:
-            places = np.roll(np.arange(images), -first).tolist()
-            for done, made in enumerate(self._all(places, workers), start=1):
+            for done, made in enumerate(self._all(places.tolist(), workers), start=1):
                 digests[made.image] = made.digest
                 filling.made, filling.boxes = filling.made + (made.seconds > 0), filling.boxes + made.boxes
                 filling.seconds += made.seconds

@@ -17,7 +17,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detseg.data.augment import Augment, Context
-from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, ResizeAndCrop, Windowed
+from detseg.data.augment.variety import varied
+from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, Place, ResizeAndCrop, Windowed
 from detseg.ops.boxes import clip_boxes
 from detseg.structures import PanopticMap, SemanticMap, Target
 
@@ -36,6 +37,8 @@ class Recipe:
         scale: (lowest, highest) factor drawn uniformly and applied on top of the resizing.
         crop: (height, width) of the window cut out at random, filled up where the image is smaller. ``None``: ``size``,
             or with the shape kept, a window no larger than the resized image.
+        cat_max_ratio: a crop is drawn anew, ``geometry.TRIES`` times in all, while one class fills more than this share
+            of its labelled pixels, or none of them is labelled; 1 takes the first, and so does a target without a map.
         flip: probability of mirroring left and right.
         vertical_flip: probability of mirroring top and bottom; for images without an up, as under a microscope.
         brightness, contrast, saturation: factors are drawn from ``[1 - x, 1 + x]``; 0 leaves the step out.
@@ -58,6 +61,7 @@ class Recipe:
         long_side: int | None = None,
         scale: Sequence[float] = (1.0, 1.0),
         crop: Size | None = None,
+        cat_max_ratio: float = 1.0,
         flip: float = 0.0,
         vertical_flip: float = 0.0,
         brightness: float = 0.0,
@@ -69,7 +73,9 @@ class Recipe:
         fill: int = 114,
         augment: Augment | None = None,
     ) -> None:
-        self.min_side, self.min_visible = min_side, min_visible
+        if not 0 < cat_max_ratio <= 1:
+            raise ValueError(f"cat_max_ratio is a share of pixels, above 0 and at most 1 (off), got {cat_max_ratio}")
+        self.min_side, self.min_visible, self.cat_max_ratio = min_side, min_visible, cat_max_ratio
         self.augment = augment if augment is not None and augment.active else None
         self.geometry = ResizeAndCrop(
             size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, fill=fill
@@ -97,7 +103,7 @@ class Recipe:
                 out without.
         """
         if self.augment is None or context is None:
-            return self.render(image, target, self.geometry)
+            return self.render(image, target, self._place(image, target))
         image, target = self.augment(self, image, target, context)
         return tv_tensors.Image(image), target
 
@@ -108,6 +114,14 @@ class Recipe:
         for step in steps:
             parts = step(parts)
         return parts["image"], _finish(target, parts, self.min_side, self.min_visible)
+
+    def _place(self, image: Tensor, target: Target) -> Windowed:
+        """Return the step that cuts the window out: one that looks for variety where that is asked for."""
+        good = varied(target, self.cat_max_ratio)
+        if good is None:
+            return self.geometry
+        window = self.geometry.draw((image.shape[-2], image.shape[-1]), good=good)
+        return Place(window=window, fill=self.geometry.fill)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.steps))})"
@@ -124,6 +138,7 @@ class DetectionTrain(Recipe):
         long_side: int | None = None,
         scale: Sequence[float] = (1.0, 1.0),
         crop: Size | None = None,
+        cat_max_ratio: float = 1.0,
         flip: float = 0.5,
         vertical_flip: float = 0.0,
         brightness: float = 0.0,
@@ -136,14 +151,18 @@ class DetectionTrain(Recipe):
         augment: Augment | None = None,
     ) -> None:
         super().__init__(
-            size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, flip=flip,
-            vertical_flip=vertical_flip, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
-            min_side=min_side, min_visible=min_visible, fill=fill, augment=augment,
+            size=size, short_side=short_side, long_side=long_side, scale=scale, crop=crop, cat_max_ratio=cat_max_ratio,
+            flip=flip, vertical_flip=vertical_flip, brightness=brightness, contrast=contrast, saturation=saturation,
+            hue=hue, min_side=min_side, min_visible=min_visible, fill=fill, augment=augment,
         )  # fmt: skip
 
 
 class SemanticTrain(DetectionTrain):
-    """Training recipe for maps: the same steps; pixels outside the image get the ignore index."""
+    """Training recipe for maps: the same steps; pixels outside the image get the ignore index.
+
+    Crop-based training as in DeepLab's line (Chen et al. 2017, arXiv:1706.05587, section 4) is ``scale=(0.5, 2.0)``
+    and ``crop``, with ``cat_max_ratio=0.75`` as in MMSegmentation; ``augment.photometric`` gives SSD's colours.
+    """
 
 
 class DetectionEval(Recipe):

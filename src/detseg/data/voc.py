@@ -19,7 +19,7 @@ from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
 from detseg.data.files import FileData, below, read_text, upright_size
 from detseg.data.image import SUFFIXES
-from detseg.data.maps import check_map, identity_labels, segments
+from detseg.data.maps import check_map, count_values, identity_labels, segments
 from detseg.structures.maps import IGNORE_INDEX
 
 VOC_CLASSES = (
@@ -157,7 +157,7 @@ class Voc(FileData):
             return
         values = check_map(classes, size, {*range(len(names) + 1), IGNORE_INDEX})
         if self.truth == "semantic":
-            builder.add_image(file, number, size, map_file=below(self.root, classes))
+            builder.add_image(file, number, size, map_file=below(self.root, classes), map_values=count_values(values))
             return
         row = builder.add_image(file, number, size)
         for found in self._instances(row, stem, size, values, names, tree):

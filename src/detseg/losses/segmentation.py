@@ -4,8 +4,8 @@ Cross entropy with a weight per pixel: Ronneberger et al. 2015, "U-Net: Convolut
 Segmentation" (arXiv:1505.04597), equation 1. The paper sums over pixels; here the weighted mean over all valid pixels
 of the batch is taken, so that the learning rate does not depend on the size of images.
 Soft Dice: Milletari et al. 2016, "V-Net" (arXiv:1606.04797), section 3, per class. Differing from it, the denominator
-has no squares (as in Sudre et al. 2017, arXiv:1707.03237), and the sums run over the whole batch, so a class absent
-from one image does not count as missed there.
+has no squares unless asked (as in Sudre et al. 2017, arXiv:1707.03237), and the sums run over the whole batch, so a
+class absent from one image does not count as missed there.
 
 B = images, K = classes, H, W = pixels.
 """
@@ -53,23 +53,45 @@ def cross_entropy(
     return losses.sum() / normaliser(weights.sum(), least=torch.finfo(losses.dtype).eps)
 
 
-def dice_scores(logits: Tensor, labels: Tensor, *, smooth: float = 1.0, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Return the soft Dice coefficient of each class over a batch, in training that of all ranks, ``(K,)`` in [0, 1].
+def class_sums(
+    logits: Tensor, labels: Tensor, *, squared: bool = False, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what overlaps are made of, summed over the valid pixels of a batch, in training that of all ranks.
 
     Args:
         logits: ``(B, K, H, W)``.
         labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``.
-        smooth: added to numerator and denominator, in pixels; a class that is absent and not predicted scores 1.
+        squared: sum the squares of the probabilities in the second.
         ignore_index: label of pixels that do not count.
+
+    Returns:
+        ``(K,)`` each, per class: probabilities where the truth is that class; probabilities; pixels of the truth.
     """
     valid = (labels != ignore_index)[:, None]  # (B, 1, H, W)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probabilities = wide.softmax(dim=1) * valid  # (B, K, H, W)
     truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]).permute(0, 3, 1, 2) * valid  # (B, K, H, W)
     both = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
-    either = probabilities.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))  # (K,)
-    intersection, total = sum_over_ranks(torch.stack([both, either])).unbind()  # (K,) each
-    return (2 * intersection + smooth) / (total + smooth)  # (K,)
+    predicted = (probabilities.square() if squared else probabilities).sum(dim=(0, 2, 3))  # (K,)
+    summed = sum_over_ranks(torch.stack([both, predicted, truth.sum(dim=(0, 2, 3)).to(both.dtype)]))  # (3, K)
+    return summed[0], summed[1], summed[2]
+
+
+def dice_scores(
+    logits: Tensor, labels: Tensor, *, smooth: float = 1.0, squared: bool = False, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Return the soft Dice coefficient of each class over a batch, in training that of all ranks, ``(K,)`` in [0, 1].
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``.
+        smooth: added to numerator and denominator, in pixels; a class that is absent and not predicted scores 1.
+        squared: V-Net's denominator, of squares.
+        ignore_index: label of pixels that do not count.
+    """
+    both, predicted, truth = class_sums(logits, labels, squared=squared, ignore_index=ignore_index)  # (K,) each
+    below = predicted + truth + smooth  # (K,)
+    return torch.where(below > 0, (2 * both + smooth) / below.clamp(min=torch.finfo(below.dtype).tiny), 1.0)
 
 
 def dice_loss(logits: Tensor, labels: Tensor, *, smooth: float = 1.0, ignore_index: int = IGNORE_INDEX) -> Tensor:

@@ -11,6 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detseg.structures.maps import IGNORE_INDEX
+
+
+def connected_regions(labels: Tensor, *, background: int = 0, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return the connected regions of each class of a map, for maps whose objects nobody told apart.
+
+    Args:
+        labels: ``(H, W)`` int64.
+        background: the label that is no object.
+        ignore_index: likewise.
+
+    Returns:
+        ``(N, H, W)`` bool on the device of the labels; pixels that touch at a corner belong together.
+    """
+    given = labels.cpu().numpy()
+    masks = [torch.zeros(0, *labels.shape, dtype=torch.bool)]  # (N, H, W) each
+    for label in np.unique(given[(given != background) & (given != ignore_index)]):
+        count, numbers = cv2.connectedComponents((given == label).astype(np.uint8), connectivity=8)
+        masks.append(torch.from_numpy(numbers)[None] == torch.arange(1, count)[:, None, None])
+    return torch.cat(masks).to(labels.device)
+
 
 def separation_weights(masks: Tensor, *, strength: float = 10.0, sigma: float = 5.0) -> Tensor:
     """Return ``1 + w0 exp(-(d1 + d2)^2 / (2 sigma^2))`` per pixel, d1 and d2 the distances to the two nearest objects.

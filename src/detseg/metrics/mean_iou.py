@@ -64,9 +64,7 @@ class MeanIoU(DictMetric):
         Raises:
             ValueError: a map is missing, sizes differ, or a label is outside 0..K-1; the message names the image.
         """
-        if len(predictions) != len(targets):
-            raise ValueError(f"there are predictions of {len(predictions)} images, but targets of {len(targets)}")
-        truths = [_truth(found, target) for found, target in zip(predictions, targets, strict=True)]
+        truths = truths_of(predictions, targets)
         if not truths:
             return
         predicted = torch.cat([found.labels.flatten() for found in predictions]).to(self.device)
@@ -87,20 +85,32 @@ class MeanIoU(DictMetric):
         try:
             confusion_matrix(predicted, truth, self.num_classes, self.ignore_index)
         except ValueError as error:
-            raise ValueError(f"{_where(target)}: {error}") from None
+            raise ValueError(f"{where(target)}: {error}") from None
 
 
-def _where(target: Target) -> str:
+def where(target: Target) -> str:
+    """Return what a message calls an image: its id, and its file where it has one."""
     return f"image {target.image_id}" + (f" ({target.file})" if target.file else "")
 
 
+def truths_of(predictions: Sequence[SemanticMap], targets: Sequence[Target]) -> list[Tensor]:
+    """Return the labels of each target ``(H, W)``, checked against the size of its prediction.
+
+    Raises:
+        ValueError: there are not as many predictions as targets, or a target has no map or another size; the message
+            names the image.
+    """
+    if len(predictions) != len(targets):
+        raise ValueError(f"there are predictions of {len(predictions)} images, but targets of {len(targets)}")
+    return [_truth(found, target) for found, target in zip(predictions, targets, strict=True)]
+
+
 def _truth(prediction: SemanticMap, target: Target) -> Tensor:
-    """Return the target's labels ``(H, W)``, checked against the prediction's size."""
     if target.semantic is None:
-        raise ValueError(f"{_where(target)}: the target has no semantic map; read the data with truth='semantic'")
+        raise ValueError(f"{where(target)}: the target has no semantic map; read the data with truth='semantic'")
     if prediction.size != target.semantic.size:
         raise ValueError(
-            f"{_where(target)}: the prediction is {prediction.size}, the truth {target.semantic.size} (height, width); "
+            f"{where(target)}: the prediction is {prediction.size}, the truth {target.semantic.size} (height, width); "
             "resize the prediction to the truth"
         )
     return target.semantic.labels
@@ -121,19 +131,32 @@ def confusion_matrix(predicted: Tensor, truth: Tensor, num_classes: int, ignore_
     Raises:
         ValueError: a label is outside the range.
     """
-    counts = truth != ignore_index
-    truth, predicted = truth[counts], predicted[counts]
-    for name, labels in (("truth", truth), ("prediction", predicted)):
-        if labels.numel() == 0:
-            continue
-        low, high = (int(end) for end in labels.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"the {name} holds label {low if low < 0 else high}; it must be 0..{num_classes - 1}, "
-                f"or {ignore_index} in the truth where a pixel does not count"
-            )
-    cells = torch.bincount(truth * num_classes + predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
+    ignored = truth == ignore_index
+    low, high = (int(end) for end in predicted.aminmax()) if predicted.numel() else (0, 0)
+    if low < 0 or high >= num_classes:  # perhaps where nothing counts
+        check_labels("prediction", predicted[~ignored], num_classes, ignore_index)
+        predicted = predicted.masked_fill(ignored, 0)
+    known = truth.masked_fill(ignored, 0)
+    check_labels("truth", known, num_classes, ignore_index)
+    cells = known.mul_(num_classes).add_(predicted).masked_fill_(ignored, num_classes**2)  # the last one is left out
+    counts = torch.bincount(cells.flatten(), minlength=num_classes**2 + 1)
+    return counts[:-1].reshape(num_classes, num_classes)
+
+
+def check_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
+    """Refuse labels outside 0..K-1; none of them is the ignore index.
+
+    Raises:
+        ValueError: one is; the message says which, and calls the labels by ``name``.
+    """
+    if labels.numel() == 0:
+        return
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"the {name} holds label {low if low < 0 else high}; it must be 0..{num_classes - 1}, "
+            f"or {ignore_index} in the truth where a pixel does not count"
+        )
 
 
 def segmentation_figures(confusion: Tensor) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Figures for people: rows of a table, in which n/a says how little there was to count.
 
 Figures may carry a prefix that ends in ``/`` or ``_``, such as ``val/`` or ``mask_``; their counts carry the same one.
+Loads no torch: a process that starts others prints what they measured.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Value = Tensor | float | int
+Value: TypeAlias = "Tensor | float | int"
 _COUNT = re.compile(r"(^|[/_])count(_|$)")
 _SIZE = re.compile(r"(small|medium|large)$")
 _FIGURE = re.compile(
@@ -34,7 +36,7 @@ def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None =
     """
     rows = []
     for key, value in figures.items():
-        if _COUNT.search(key) or (isinstance(value, Tensor) and value.ndim > 1):  # nor are curves and matrices
+        if _COUNT.search(key) or (not isinstance(value, float | int) and value.ndim > 1):  # nor are curves and matrices
             continue
         for index, number in _entries(value):
             name = key if index is None else f"{key} {_name(index, class_names)}"
@@ -44,10 +46,12 @@ def table_rows(figures: Mapping[str, Value], class_names: Sequence[str] | None =
 
 def _entries(value: Value) -> Iterator[tuple[int | None, float | int]]:
     """Yield (None, number) of a scalar, (label, number) of a per-class tensor."""
-    if isinstance(value, Tensor) and value.ndim:
+    if isinstance(value, float | int):
+        yield None, value
+    elif value.ndim:
         yield from enumerate(value.detach().cpu().tolist())
     else:
-        yield None, value.item() if isinstance(value, Tensor) else value
+        yield None, value.item()
 
 
 def _name(index: int, class_names: Sequence[str] | None) -> str:
@@ -63,5 +67,5 @@ def _text(key: str, index: int | None, number: float | int, figures: Mapping[str
     tail = "_per_class" if index is not None else f"_{size.group(1)}" if size else ""
     count = figures.get(f"{prefix}{_OWN_COUNT.get(figure, '')}count{tail}", 0)
     unit = "pixels" if figure in _OF_PIXELS else "objects"
-    number_of = torch.as_tensor(count).reshape(-1)[index or 0].item()
+    number_of = count if isinstance(count, float | int) else count.reshape(-1)[index or 0].item()
     return f"n/a ({number_of:g} {unit})"

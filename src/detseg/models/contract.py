@@ -56,14 +56,17 @@ class Segmenter(Protocol):
 
     num_classes: int
 
-    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
-        """Return logits ``(B, K, H, W)`` at the size of ``images``; see ``Detector.forward`` for the arguments."""
+    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Any:
+        """Return logits ``(B, K, H, W)`` at the size of ``images``; see ``Detector.forward`` for the arguments.
+
+        With an auxiliary head they come as ``detseg.models.segmenter.SegmenterOutputs``, which holds its logits too.
+        """
         ...
 
-    def loss(self, outputs: Tensor, targets: list[Target]) -> dict[str, Tensor]:
+    def loss(self, outputs: Any, targets: list[Target]) -> dict[str, Tensor]:
         """Return named scalar terms of the logits against ``targets[i].semantic``."""
         ...
 
-    def predict(self, outputs: Tensor, sizes: Tensor) -> list[SemanticMap]:
+    def predict(self, outputs: Any, sizes: Tensor) -> list[SemanticMap]:
         """Return the likeliest class per pixel, each map cropped to its valid size."""
         ...

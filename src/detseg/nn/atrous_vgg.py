@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from detseg.nn.backbone import TorchvisionBackbone, published_weights
-from detseg.nn.weights import load_weights
 
 POOL3 = "16"
 """Name of the third pooling among torchvision's layers."""
@@ -46,19 +44,6 @@ class AtrousVGG16(TorchvisionBackbone):
         self.channels[-1] = 1024
         if weights is not None:
             self.thin_out(published_weights("vgg16", weights)[0])
-
-    def _load(self, name: str, weights: str | Path | None) -> Any:
-        network, features = nn.Module(), make_layers(cfgs["D"])  # drawing the fully connected layers takes seconds
-        network.features = features
-        for layer in features.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has a bias
-        if weights is not None:
-            state, mean, std = published_weights(name, weights)
-            self.mean, self.std = mean or self.mean, std or self.std
-            load_weights(network, state, drop_head=True, source=f"{name} {weights}")
-        return network
 
     @torch.no_grad()
     def thin_out(self, state: Mapping[str, Tensor]) -> None:

@@ -12,12 +12,18 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from detseg.nn.norm import freeze_batch_norm
 from detseg.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from detseg.nn.weights import HEADS, load_weights, read_state
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+
+VGG = {
+    f"vgg{depth}{norm}": letter for depth, letter in zip((11, 13, 16, 19), "ABDE", strict=True) for norm in ("", "_bn")
+}
+"""torchvision's names of the VGGs, and their configurations in table 1 of the paper (arXiv:1409.1556)."""
 
 
 class Backbone(nn.Module):
@@ -96,6 +102,8 @@ class TorchvisionBackbone(Backbone):
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
             raise ValueError(f"torchvision has no network {name!r}; it has {', '.join(known)}")
+        if name in VGG:
+            return self._load_vgg(name, weights)
         if weights is not None and not is_file(weights):
             enum = torchvision.models.get_model_weights(name)
             chosen: Any = enum["DEFAULT" if weights == "default" else str(weights)]
@@ -108,6 +116,16 @@ class TorchvisionBackbone(Backbone):
                 setattr(network, head, nn.Identity())
         if weights is not None:
             load_weights(network, read_state(weights), drop_head=True, source=str(weights))
+        return network
+
+    def _load_vgg(self, name: str, weights: str | Path | None) -> nn.Module:
+        """Build the convolutions alone: 90% of a VGG is its classifier, which takes seconds to draw."""
+        network = nn.Module()
+        network.features = _vgg_features(name)
+        if weights is not None:
+            state, mean, std = published_weights(name, weights)
+            self.mean, self.std = mean or self.mean, std or self.std
+            load_weights(network, state, drop_head=True, source=f"{name} {weights}")
         return network
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -208,6 +226,16 @@ def published_weights(
     chosen = enum["DEFAULT" if weights == "default" else str(weights)]
     transforms = chosen.transforms()
     return chosen.get_state_dict(progress=False, check_hash=True), list(transforms.mean), list(transforms.std)
+
+
+def _vgg_features(name: str) -> nn.Sequential:
+    """Return ``features`` of one of torchvision's VGGs, drawn as it draws them."""
+    features: nn.Sequential = make_layers(cfgs[VGG[name]], batch_norm=name.endswith("_bn"))
+    for layer in features.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has a bias
+    return features
 
 
 def _load_timm(network: nn.Module, name: str, weights: str | Path) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
-from torchvision.ops import DeformConv2d
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 
 class DeformableConvolution(nn.Module):
@@ -27,10 +28,16 @@ class DeformableConvolution(nn.Module):
         nn.init.zeros_(cast(Tensor, self.places.bias))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Return ``(B, after, H, W)``."""
-        offsets, weights = self.places(maps).split([18, 9], dim=1)  # (B, 18, H, W), (B, 9, H, W)
-        result: Tensor = self.convolution(maps, offsets, weights.sigmoid())
-        return result
+        """Return ``(B, after, H, W)``, of the type that the plain convolution gives.
+
+        Sampled and multiplied in float32: torchvision has no kernel for bfloat16 on a CPU, and places need the digits.
+        """
+        places = self.places(maps)  # (B, 27, H, W)
+        offsets, weights = places.float().split([18, 9], dim=1)  # (B, 18, H, W), (B, 9, H, W)
+        kernel = self.convolution.weight.float()  # (after, before, 3, 3)
+        with torch.autocast(maps.device.type, enabled=False):
+            result = deform_conv2d(maps.float(), offsets, kernel, padding=1, mask=weights.sigmoid())
+        return cast(Tensor, result.to(places.dtype))
 
 
 def convolution_block(before: int, after: int, *, deformable: bool) -> nn.Sequential:

@@ -136,7 +136,8 @@ def expand_ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     counts = (last - first + 1).clamp(min=0)  # (R,)
     owner = torch.repeat_interleave(counts)  # (C,)
     start = counts.cumsum(0) - counts  # (R,)
-    value = torch.arange(len(owner), device=first.device) - (start - first)[owner]  # (C,)
+    # index_select, for it is several times as fast as indexing by a tensor
+    value = torch.arange(len(owner), device=first.device).sub_((start - first).index_select(0, owner))  # (C,)
     return owner, value
 
 
@@ -186,7 +187,9 @@ def expand_windows(rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor]) -> 
     col_owner, col = expand_ranges(*cols)  # (Pc,)
     counts = (cols[1] - cols[0] + 1).clamp(min=0)  # (P,)
     end = counts.cumsum(0)  # (P,), one past the window's last column entry
-    row_entry, col_entry = expand_ranges((end - counts)[row_owner], (end - 1)[row_owner])  # (C,)
+    row_entry, col_entry = expand_ranges(
+        (end - counts).index_select(0, row_owner), (end - 1).index_select(0, row_owner)
+    )  # (C,)
     return Windows(row_owner, row, col_owner, col, row_entry, col_entry)
 
 

@@ -51,6 +51,15 @@ def warmup_multistep(
     return linear(step, steps=warmup_steps, start=start) * gamma**falls
 
 
+def polynomial(step: int, *, total_steps: int, warmup_steps: int, start: float, power: float, end: float) -> float:
+    """Return the factor of a linear rise, times ``(1 - step / total) ** power``, never below ``end``.
+
+    The "poly" policy of DeepLab (Chen et al., arXiv:1606.00915, section 4.1.2) and ParseNet.
+    """
+    falling = float((1.0 - min(step, total_steps) / total_steps) ** power)
+    return max(end, linear(step, steps=warmup_steps, start=start) * falling)
+
+
 def ramp(step: int, *, total_steps: int, start: float, end: float) -> float:
     """Return the factor of a geometric rise from ``start`` in step 0 to ``end`` in the last."""
     return float(start * (end / start) ** (min(step, total_steps - 1) / max(1, total_steps - 1)))
@@ -133,6 +142,40 @@ class WarmupMultiStep(LambdaLR):
             start=start,
             milestones=tuple(milestones),
             gamma=gamma,
+        )
+        super().__init__(optimizer, factor)
+
+
+class Polynomial(LambdaLR):
+    """``polynomial`` for an optimiser.
+
+    Args:
+        optimizer: its groups' learning rates are the peaks.
+        total_steps: optimiser steps of the whole training.
+        power: 1 falls along a line; 0.9 in DeepLab.
+        warmup_steps: steps of linear rise; at most half of all.
+        start: factor of the first step of the rise.
+        end: least factor.
+
+    Raises:
+        ValueError: the power is not above 0.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        power: float = 0.9,
+        warmup_steps: int = 0,
+        start: float = 1e-3,
+        end: float = 0.0,
+    ) -> None:
+        if power <= 0.0:
+            raise ValueError(f"scheduler.power is {power}; it must be above 0, as DeepLab's 0.9")
+        rise = min(warmup_steps, total_steps // 2)
+        factor = partial(
+            polynomial, total_steps=max(1, total_steps), warmup_steps=rise, start=start, power=power, end=end
         )
         super().__init__(optimizer, factor)
 

@@ -14,6 +14,7 @@ from detseg.data.augment.joining import Size
 from detseg.data.augment.mixing import mix
 from detseg.data.augment.mosaic import mosaic, quarters
 from detseg.data.augment.pasting import choose, paste
+from detseg.data.augment.variety import varied
 from detseg.data.geometry import Place, ResizeAndCrop, Window
 from detseg.structures import Target
 
@@ -26,6 +27,7 @@ class Painter(Protocol):
     geometry: ResizeAndCrop
     min_side: float
     min_visible: float
+    cat_max_ratio: float
 
     def render(self, image: torch.Tensor, target: Target, place: Place) -> Scene:
         """Return what shows through a window, mirrored and recoloured, without objects that it left too little of."""
@@ -36,7 +38,8 @@ class Augment:
     """Augmentations in this order: one image or a mosaic, then mixup with another image, then pasted objects.
 
     Every image among them is resized, mirrored and recoloured as it would be alone, with its own random numbers; zoom
-    out and IoU crop are left out of mosaics, whose ``mosaic_scale`` replaces the recipe's ``scale``. Where images may
+    out, IoU crop and the recipe's ``cat_max_ratio`` are left out of mosaics, whose ``mosaic_scale`` replaces the
+    recipe's ``scale``. Where images may
     be joined, one that ``scale`` makes smaller is filled up, also where its size is not fixed. What a sample is depends
     on (seed, epoch, index), and on its batch's number where sizes change, alone.
 
@@ -185,7 +188,8 @@ class Augment:
             target = target[centred(target.boxes, frame)]
         if canvas is None and self.heavy:  # scaled down it is filled up, or others would find no room on it
             canvas = geometry.canvas(frame.size, within=size)
-        window = geometry.draw(frame.size, within=size, canvas=canvas)
+        good = varied(target, recipe.cat_max_ratio, see=lambda window: through(window, frame, size))
+        window = geometry.draw(frame.size, within=size, canvas=canvas, good=good)
         return recipe.render(image, target, self._place(geometry, through(window, frame, size)))
 
     def _place(self, geometry: ResizeAndCrop, window: Window) -> Place:

@@ -1,0 +1,112 @@
+"""What the losses of a class map share: a name, a factor, the ignore index; and sums of several. No paper.
+
+B = images, K = classes, H, W = pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from detseg.structures.maps import IGNORE_INDEX
+
+
+class MapLoss(nn.Module):
+    """Base of one term.
+
+    Args:
+        weight: factor, above 0.
+        ignore_index: label of pixels that do not count.
+
+    Attributes:
+        name: of the term, without ``loss_``.
+        weighs_pixels: whether it is a sum over pixels that a weight map can change, such as U-Net's.
+
+    Raises:
+        ValueError: the factor is not above 0.
+    """
+
+    name = ""
+    weighs_pixels = False
+
+    def __init__(self, *, weight: float = 1.0, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__()
+        if not weight > 0:
+            raise ValueError(f"{type(self).__name__}: weight {weight} must be above 0; leave the loss out instead")
+        self.weight, self.ignore_index = weight, ignore_index
+
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``{"loss_<name>": ...}``, a scalar; zero where no pixel counts.
+
+        Args:
+            logits: ``(B, K, H, W)``.
+            labels: ``(B, H, W)`` int64 in 0..K-1 or the ignore index.
+            pixel_weights: ``(B, H, W)``, or ``None``.
+
+        Raises:
+            ValueError: there are weights of pixels, and the loss is no sum over pixels.
+        """
+        if pixel_weights is not None and not self.weighs_pixels:
+            raise ValueError(
+                f"{type(self).__name__} is no sum over pixels, so separation cannot weigh them; set separation=0, or "
+                "add a cross entropy"
+            )
+        return {f"loss_{self.name}": self.weight * self.value(logits, labels, pixel_weights)}
+
+    def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
+        """Return the loss, a scalar, before the factor."""
+        raise NotImplementedError
+
+
+class SumOfLosses(nn.Module):
+    """Several losses of one map, each with its own factor; all their terms are named in the log.
+
+    Args:
+        losses: by any name; ``None`` leaves one out.
+
+    Raises:
+        ValueError: none is left, two give a term of the same name, or their ignore indices differ.
+    """
+
+    def __init__(self, *, losses: Mapping[str, Any]) -> None:
+        super().__init__()
+        kept = {name: loss for name, loss in losses.items() if loss is not None}
+        indices = {loss.ignore_index for loss in kept.values()}
+        if len(indices) != 1:
+            raise ValueError(f"SumOfLosses: {len(kept)} losses with ignore indices {sorted(indices)}; give one or more")
+        self.losses = nn.ModuleDict(kept)
+        self.ignore_index: int = indices.pop()
+
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the terms of all losses; see ``MapLoss``. Weights of pixels go to those that are sums over pixels."""
+        able = [name for name, loss in self.losses.items() if getattr(loss, "weighs_pixels", True)]
+        if pixel_weights is not None and not able:
+            raise ValueError("SumOfLosses has no sum over pixels that separation could weigh; add a cross entropy")
+        terms: dict[str, Tensor] = {}
+        for name, loss in self.losses.items():
+            given = cast("dict[str, Tensor]", loss(logits, labels, pixel_weights if name in able else None))
+            if twice := sorted(terms.keys() & given.keys()):
+                raise ValueError(f"SumOfLosses: two of {list(self.losses)} give the term {twice[0]}; leave one out")
+            terms |= given
+        return terms
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Return half precision as float32: counts and sums of 1e6 pixels are beyond its 8 or 11 bits."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def chosen_classes(values: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """Return the entries ``(K,)`` of the chosen classes, ``None`` for all.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if classes is None:
+        return values
+    if wrong := [label for label in classes if not 0 <= label < len(values)]:
+        raise ValueError(f"the loss names class {wrong[0]}, but the model has {len(values)}: 0..{len(values) - 1}")
+    return values[list(classes)]

@@ -1,0 +1,240 @@
+"""Losses that measure the overlap of a soft map with the truth, class by class: Dice, Jaccard, Tversky, Lovasz.
+
+Dice: Milletari et al. 2016, "V-Net" (arXiv:1606.04797, section 3), with squares in the denominator; without them
+Sudre et al. 2017 (arXiv:1707.03237). Jaccard: Rahman & Wang 2016, "Optimizing Intersection-Over-Union in Deep Neural
+Networks" (ISVC). Tversky: Salehi et al. 2017 (arXiv:1706.05721), equation 2.
+Lovasz-softmax: Berman et al. 2018, "The Lovasz-Softmax Loss" (arXiv:1705.08790), equations 8 and 9 and algorithm 1.
+
+The first three sum over the whole batch, in training over that of all ranks; the Lovasz extension sorts the pixels of
+one rank's batch.
+
+B = images, K = classes, H, W = pixels, V = valid pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # torch's own convention
+from torch import Tensor
+
+from detseg.losses.map_loss import MapLoss, chosen_classes, widen
+from detseg.losses.segmentation import class_sums, dice_scores
+from detseg.structures.maps import IGNORE_INDEX
+
+
+def tversky_scores(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    smooth: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Return the soft Tversky index of each class over a batch, ``(K,)`` in [0, 1].
+
+    ``alpha = beta = 1`` is the Jaccard index, ``alpha = beta = 0.5`` Dice's with half of its ``smooth``.
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``.
+        alpha: what a false positive costs.
+        beta: what a false negative costs.
+        smooth: added to numerator and denominator, in pixels.
+        ignore_index: label of pixels that do not count.
+    """
+    both, predicted, truth = class_sums(logits, labels, ignore_index=ignore_index)  # (K,) each
+    above = both + smooth
+    below = above + alpha * (predicted - both) + beta * (truth - both)  # (K,)
+    return torch.where(below > 0, above / below.clamp(min=torch.finfo(below.dtype).tiny), 1.0)
+
+
+def lovasz_softmax(
+    logits: Tensor, labels: Tensor, *, classes: Sequence[int] | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Return the Lovasz extension of the Jaccard loss, averaged over the classes that the truth shows.
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``.
+        classes: to average over, ``None`` for all; those absent from the truth are left out.
+        ignore_index: label of pixels that do not count.
+
+    Returns:
+        scalar in [0, 1]; zero where no such class is shown.
+    """
+    probabilities = widen(logits).softmax(dim=1).movedim(1, 0).flatten(1)  # (K, B * H * W)
+    flat = labels.flatten()  # (B * H * W,)
+    valid = flat != ignore_index
+    truth = F.one_hot(flat[valid], logits.shape[1]).T.to(probabilities.dtype)  # (K, V)
+    errors = (truth - probabilities[:, valid]).abs()  # (K, V), m of equation 8
+    present = truth.any(dim=1)  # (K,)
+    losses = [
+        errors[label] @ lovasz_gradient(errors[label], truth[label])
+        for label in chosen_classes(torch.arange(len(present), device=present.device)[:, None], classes)[:, 0].tolist()
+        if bool(present[label])
+    ]
+    return torch.stack(losses).mean() if losses else errors.sum() * 0.0
+
+
+@torch.no_grad()
+def lovasz_gradient(errors: Tensor, truth: Tensor) -> Tensor:
+    """Return the gradient of the Lovasz extension of the Jaccard loss by the errors of one class (algorithm 1).
+
+    Args:
+        errors: ``(V,)`` in [0, 1].
+        truth: ``(V,)``, 1 where the class is and 0 elsewhere, 1 somewhere.
+
+    Returns:
+        ``(V,)``, at least 0: by how much the Jaccard loss grows when a pixel joins the wrong ones, worst first.
+    """
+    order = errors.argsort(descending=True, stable=True)  # (V,)
+    ranked = truth[order]
+    total = ranked.sum()
+    union = total + (1 - ranked).cumsum(dim=0)  # (V,) of the truth and all false positives so far
+    jaccard = 1 - (total - ranked.cumsum(dim=0)) / union  # (V,) loss when all so far are wrong
+    steps = torch.diff(jaccard, prepend=jaccard.new_zeros(1))  # (V,)
+    return torch.empty_like(steps).scatter(0, order, steps)
+
+
+class OverlapLoss(MapLoss):
+    """Base: one minus the mean score of the classes.
+
+    Args:
+        smooth: in pixels; at 0 a class absent from the truth scores 0 wherever it is predicted at all.
+        classes: to average over, such as ``[1]`` for a binary map's foreground; ``None`` means all.
+        weight: factor.
+        ignore_index: label of pixels that do not count.
+
+    Raises:
+        ValueError: ``smooth`` is negative.
+    """
+
+    def __init__(
+        self,
+        *,
+        smooth: float = 1.0,
+        classes: Sequence[int] | None = None,
+        weight: float = 1.0,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(weight=weight, ignore_index=ignore_index)
+        if smooth < 0:
+            raise ValueError(f"{type(self).__name__}: smooth {smooth} must be at least 0 pixels")
+        self.smooth = smooth
+        self.classes = None if classes is None else list(classes)
+
+    def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
+        """Return one minus the mean over the chosen classes."""
+        return 1 - chosen_classes(self.scores(logits, labels), self.classes).mean()
+
+    def scores(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the soft score of each class, ``(K,)`` in [0, 1]."""
+        raise NotImplementedError
+
+
+class DiceLoss(OverlapLoss):
+    """Soft Dice, ``2 |A and B| / (|A| + |B|)``.
+
+    Args:
+        squared: sum the squares of the probabilities in the denominator, as V-Net does.
+        smooth: in pixels; see ``OverlapLoss``.
+        classes: to average over, ``[1]`` for a binary map's foreground; ``None`` means all.
+        weight: factor.
+        ignore_index: label of pixels that do not count.
+    """
+
+    name = "dice"
+
+    def __init__(
+        self,
+        *,
+        squared: bool = False,
+        smooth: float = 1.0,
+        classes: Sequence[int] | None = None,
+        weight: float = 1.0,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(smooth=smooth, classes=classes, weight=weight, ignore_index=ignore_index)
+        self.squared = squared
+
+    def scores(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the soft Dice coefficients."""
+        return dice_scores(
+            logits, labels, smooth=self.smooth, squared=self.squared, ignore_index=self.ignore_index
+        )  # (K,)
+
+
+class JaccardLoss(OverlapLoss):
+    """Soft Jaccard, ``|A and B| / |A or B|``; arguments as of ``OverlapLoss``."""
+
+    name = "jaccard"
+
+    def scores(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the soft Jaccard indices."""
+        return tversky_scores(
+            logits, labels, alpha=1.0, beta=1.0, smooth=self.smooth, ignore_index=self.ignore_index
+        )  # (K,)
+
+
+class TverskyLoss(OverlapLoss):
+    """Soft Tversky index, in which false positives and false negatives cost differently.
+
+    Args:
+        alpha: what a false positive costs; 0.3 is the paper's best.
+        beta: what a false negative costs; 0.7 is the paper's best.
+        smooth: in pixels; see ``OverlapLoss``.
+        classes: to average over; ``None`` means all.
+        weight: factor.
+        ignore_index: label of pixels that do not count.
+
+    Raises:
+        ValueError: a cost is negative, or both are 0.
+    """
+
+    name = "tversky"
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.3,
+        beta: float = 0.7,
+        smooth: float = 1.0,
+        classes: Sequence[int] | None = None,
+        weight: float = 1.0,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(smooth=smooth, classes=classes, weight=weight, ignore_index=ignore_index)
+        if min(alpha, beta) < 0 or alpha + beta == 0:
+            raise ValueError(f"TverskyLoss: alpha {alpha} and beta {beta} must be at least 0, and one above")
+        self.alpha, self.beta = alpha, beta
+
+    def scores(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the soft Tversky indices."""
+        return tversky_scores(
+            logits, labels, alpha=self.alpha, beta=self.beta, smooth=self.smooth, ignore_index=self.ignore_index
+        )  # (K,)
+
+
+class LovaszLoss(MapLoss):
+    """Lovasz-softmax over the classes that the batch shows; see ``lovasz_softmax``.
+
+    Args:
+        classes: to average over; ``None`` means all.
+        weight: factor.
+        ignore_index: label of pixels that do not count.
+    """
+
+    name = "lovasz"
+
+    def __init__(
+        self, *, classes: Sequence[int] | None = None, weight: float = 1.0, ignore_index: int = IGNORE_INDEX
+    ) -> None:
+        super().__init__(weight=weight, ignore_index=ignore_index)
+        self.classes = None if classes is None else list(classes)
+
+    def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
+        """Return the mean over the chosen classes that are shown."""
+        return lovasz_softmax(logits, labels, classes=self.classes, ignore_index=self.ignore_index)
