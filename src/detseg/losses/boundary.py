@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detseg.losses.map_loss import MapLoss, chosen_classes, widen
+from detseg.losses.map_loss import ClassesLoss, chosen_classes, widen
 from detseg.losses.normalise import normaliser
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -69,7 +69,7 @@ def boundary_loss(
     return chosen_classes(sums, classes).mean() / normaliser((labels != ignore_index).sum().float())
 
 
-class BoundaryLoss(MapLoss):
+class BoundaryLoss(ClassesLoss):
     """Probability times signed distance; see ``boundary_loss``.
 
     Args:
@@ -79,12 +79,6 @@ class BoundaryLoss(MapLoss):
     """
 
     name = "boundary"
-
-    def __init__(
-        self, *, classes: Sequence[int] | None = None, weight: float = 1.0, ignore_index: int = IGNORE_INDEX
-    ) -> None:
-        super().__init__(weight=weight, ignore_index=ignore_index)
-        self.classes = None if classes is None else list(classes)
 
     def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
         """Return the mean over the chosen classes."""

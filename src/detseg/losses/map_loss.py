@@ -61,6 +61,22 @@ class MapLoss(nn.Module):
         raise NotImplementedError
 
 
+class ClassesLoss(MapLoss):
+    """Base of a term that is the mean over some classes.
+
+    Args:
+        classes: to average over, ``[1]`` for a binary map's foreground; ``None`` means all.
+        weight: factor, above 0.
+        ignore_index: label of pixels that do not count.
+    """
+
+    def __init__(
+        self, *, classes: Sequence[int] | None = None, weight: float = 1.0, ignore_index: int = IGNORE_INDEX
+    ) -> None:
+        super().__init__(weight=weight, ignore_index=ignore_index)
+        self.classes = None if classes is None else list(classes)
+
+
 class SumOfLosses(nn.Module):
     """Several losses of one map, each with its own factor; all their terms are named in the log.
 

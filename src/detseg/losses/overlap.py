@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor
 
-from detseg.losses.map_loss import MapLoss, chosen_classes, widen
+from detseg.losses.map_loss import ClassesLoss, chosen_classes, widen
 from detseg.losses.segmentation import class_sums, dice_scores
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -99,7 +99,7 @@ def lovasz_gradient(errors: Tensor, truth: Tensor) -> Tensor:
     return torch.empty_like(steps).scatter(0, order, steps)
 
 
-class OverlapLoss(MapLoss):
+class OverlapLoss(ClassesLoss):
     """Base: one minus the mean score of the classes.
 
     Args:
@@ -120,11 +120,10 @@ class OverlapLoss(MapLoss):
         weight: float = 1.0,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        super().__init__(weight=weight, ignore_index=ignore_index)
+        super().__init__(classes=classes, weight=weight, ignore_index=ignore_index)
         if smooth < 0:
             raise ValueError(f"{type(self).__name__}: smooth {smooth} must be at least 0 pixels")
         self.smooth = smooth
-        self.classes = None if classes is None else list(classes)
 
     def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
         """Return one minus the mean over the chosen classes."""
@@ -218,7 +217,7 @@ class TverskyLoss(OverlapLoss):
         )  # (K,)
 
 
-class LovaszLoss(MapLoss):
+class LovaszLoss(ClassesLoss):
     """Lovasz-softmax over the classes that the batch shows; see ``lovasz_softmax``.
 
     Args:
@@ -228,12 +227,6 @@ class LovaszLoss(MapLoss):
     """
 
     name = "lovasz"
-
-    def __init__(
-        self, *, classes: Sequence[int] | None = None, weight: float = 1.0, ignore_index: int = IGNORE_INDEX
-    ) -> None:
-        super().__init__(weight=weight, ignore_index=ignore_index)
-        self.classes = None if classes is None else list(classes)
 
     def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
         """Return the mean over the chosen classes that are shown."""
