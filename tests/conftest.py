@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,13 @@ def same_random_numbers() -> Iterator[None]:
     """Every test starts from one seed and leaves the global settings as they were."""
     torch.manual_seed(0)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
     yield
+    for handler in set(root.handlers) - set(handlers):
+        if type(handler) is logging.StreamHandler:  # a command's, to a stream that pytest is about to close
+            root.removeHandler(handler)
+    root.setLevel(level)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
 

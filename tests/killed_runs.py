@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from detseg.data.loader import one_opencv_thread
 from forks import plain_logging
 
 LIMIT = 60.0  # seconds that a trial may take
@@ -57,7 +58,8 @@ def child(trial: dict[str, Any], rank: int) -> None:
 
 def fork(trial: dict[str, Any], rank: int, port: int) -> int:
     """Start one process of a trial; return its id."""
-    pid = os.fork()
+    with one_opencv_thread():  # of its threads a child has none, and its data workers would wait for them
+        pid = os.fork()
     if pid:
         return pid
     os.setpgid(0, 0)

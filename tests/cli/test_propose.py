@@ -83,8 +83,11 @@ def test_boxes_are_ranked_as_they_come():
         (["--multirun"], 2, "takes key=value"),
     ],
 )
-def test_what_does_not_exist_is_one_line(wrong: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_exist_is_one_line_before_the_work(
+    wrong: list[str], code: int, said: str, own_cache: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["propose", *SMALL, *wrong]) == code
+    assert not list(own_cache.rglob("*.boxes"))
     told = capsys.readouterr().err
     assert said in told and "Traceback" not in told
 

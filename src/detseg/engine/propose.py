@@ -69,6 +69,8 @@ def propose(cfg: DictConfig) -> Proposed:
         ConfigError: the config does not fit.
         DataError: there is no such split, or its files are broken.
     """
+    from detseg.metrics import ProposalRecall
+
     allow = list(cfg.allow)
     data: DetectionData = instantiate(cfg.data, allow=allow, path="data")
     data.proposer = instantiate(cfg.proposals, allow=allow, path="proposals")
@@ -76,8 +78,9 @@ def propose(cfg: DictConfig) -> Proposed:
     data.num_workers = (os.cpu_count() or 1) if cfg.workers is None else int(cfg.workers)
     directory = Path(cfg.paths.output_dir)
     wanted = data.splits if cfg.splits is None else list(cfg.splits)
+    ProposalRecall(limits=list(cfg.limits))  # wrong limits, like an unknown split, are an error before hours of work
     for split in wanted:
-        data.dataset(split)  # a name that does not exist is an error before the work begins
+        data.dataset(split)
     write_run_files(cfg, directory)
     found = [_measured(data, split, list(cfg.limits), directory) for split in wanted]
     told = {one.split: {**one.figures, "boxes": one.boxes, "made": one.filling.made} for one in found}
