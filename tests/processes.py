@@ -62,10 +62,17 @@ def family(pid: int, seen: dict[int, psutil.Process] | None = None) -> dict[int,
 
 
 def workers(pid: int) -> dict[int, psutil.Process]:
-    """Return the workers below a launcher by rank."""
+    """Return the workers below a launcher by rank.
+
+    A worker's child has the same command line and environment until it runs a program of its own: it is left out.
+    """
     found = {}
-    for child in family(pid).values():
+    everybody = family(pid)
+    for child in everybody.values():
         with suppress(psutil.Error):
+            agent = everybody.get(child.ppid())
+            if agent is None or "detseg.engine.processes.agent" not in agent.cmdline():
+                continue
             if "detseg.engine.processes.worker" in child.cmdline() and "RANK" in (own := child.environ()):
                 found[int(own["RANK"])] = child
     return found

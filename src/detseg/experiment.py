@@ -245,14 +245,14 @@ def environment() -> dict[str, Any]:
     """Return versions, platform, threads, git commit, command line and Slurm job of this process."""
     import torch
 
-    from detseg.stamp import git_commit, versions
+    from detseg.stamp import running_commit, versions
 
     return {
         "versions": versions(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "commit": git_commit(),
+        "commit": running_commit(),
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import DEVNULL, SubprocessError, run
@@ -60,7 +61,7 @@ def make_stamp(
         "class_names": names,
         "category_ids": None if ids is None else [int(number) for number in ids],
         "versions": versions(),
-        "commit": git_commit(),
+        "commit": running_commit(),
     }
 
 
@@ -95,14 +96,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit(directory: Path | None = None) -> str | None:
-    """Return the commit of the work tree that the code runs from, with ``-dirty`` after it where files have changed.
+@cache
+def running_commit() -> str | None:
+    """Return the commit of the package's own code; git is asked once, for what runs was read when the run began."""
+    return git_commit(Path(__file__).resolve().parent)
+
+
+def git_commit(place: Path) -> str | None:
+    """Return the commit of a work tree, with ``-dirty`` after it where files have changed.
 
     Args:
-        directory: any directory of the work tree; default: the package's own. ``None`` comes back where that is no
-            work tree (an installed wheel) or git is missing.
+        place: any directory of the work tree. ``None`` comes back where it is none (an installed wheel), or git is
+            missing.
     """
-    place = Path(__file__).resolve().parent if directory is None else directory
     try:
         tracked = run(
             ["git", "ls-files", "--error-unmatch", "."], cwd=place, stdout=DEVNULL, stderr=DEVNULL, timeout=10
