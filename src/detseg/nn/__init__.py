@@ -1,6 +1,7 @@
 """Blocks with no paper of their own: backbones, pyramids, normalisation, and the strict loader of weights."""
 
 from detseg.nn.aggregation import DeepAggregation
+from detseg.nn.alexnet import AlexNetEncoder
 from detseg.nn.atrous_vgg import AtrousVGG16
 from detseg.nn.backbone import Backbone, TimmBackbone, TorchvisionBackbone
 from detseg.nn.convolutionalise import LinearAsConvolution, convolutionalise
@@ -34,6 +35,7 @@ from detseg.nn.weights import CheckpointMismatch, load_weights, read_state
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AlexNetEncoder",
     "AtrousVGG16",
     "Backbone",
     "BackboneWithConcat",

@@ -72,9 +72,11 @@ class VGGEncoder(Backbone):
             raise ValueError(f"VGGEncoder has maps of strides {all_strides} up to {self.output_stride}, not {absent}")
         layout = [step for width, count in zip(widths, convolutions, strict=True) for step in [*[width] * count, "M"]]
         self.features = make_layers(layout, batch_norm=norm)
-        _initialise(self.features)
+        initialise(self.features)
         dilation = self._dilate()
-        self.fc = _fully_connected(widths[-1], fully_connected, kernel, dilation, dropout)
+        self.fc = fully_connected_layers(
+            widths[-1], fully_connected, kernel, padding=dilation * (kernel // 2), dilation=dilation, dropout=dropout
+        )
         self.strides = wanted
         self.channels = [widths[all_strides.index(stride)] for stride in wanted]
         if self.output_stride < all_strides[-1] and wanted[-1] == self.output_stride:
@@ -103,7 +105,7 @@ class VGGEncoder(Backbone):
         self.mean, self.std = mean or self.mean, std or self.std
         own = {key: value for key, value in state.items() if key.startswith("features.")}
         layers = {f"fc.{ours}": f"classifier.{theirs}" for ours, theirs in ((0, 0), (3, 3))}
-        own |= _as_convolutions(self.state_dict(), state, layers)
+        own |= as_convolutions(self.state_dict(), state, layers)
         kept = {key: value for key, value in self.state_dict().items() if key.startswith("fc.")}
         load_weights(self, kept | own, source=f"{name} {weights}")
 
@@ -159,21 +161,32 @@ class SubgridConvolution(nn.Conv2d):
         return result.reshape(batch, -1, rows * step, columns * step)[:, :, :height, :width]  # (B, D, H, W)
 
 
-def _fully_connected(channels: int, width: int, kernel: int, dilation: int, dropout: float) -> nn.Sequential:
-    """Return fc6 and fc7 as convolutions that keep the size, drawn but once: they are large."""
+def fully_connected_layers(
+    channels: int, width: int, kernel: int, *, padding: int, dilation: int = 1, dropout: float = 0.5
+) -> nn.Sequential:
+    """Return fc6 and fc7 as convolutions, each with ReLU and dropout, drawn but once: they are large.
+
+    Args:
+        channels: of the last map.
+        width: channels of both; 0 gives no layers.
+        kernel: side of fc6, in cells.
+        padding: of fc6, in cells at each side.
+        dilation: of fc6.
+        dropout: probability.
+    """
     if not width:
         return nn.Sequential()
-    padding = dilation * (kernel // 2)
     six = undrawn(lambda: SubgridConvolution(channels, width, kernel, padding=padding, dilation=dilation))
     seven = undrawn(lambda: nn.Conv2d(width, width, 1))
     layers = nn.Sequential(
         six, nn.ReLU(inplace=True), nn.Dropout(dropout), seven, nn.ReLU(inplace=True), nn.Dropout(dropout)
     )
-    _initialise(layers)
+    initialise(layers)
     return layers
 
 
-def _initialise(layers: nn.Module) -> None:
+def initialise(layers: nn.Module) -> None:
+    """Draw the weights of every convolution for the ReLU after it (He et al. 2015, arXiv:1502.01852); biases are 0."""
     for layer in layers.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
@@ -181,10 +194,19 @@ def _initialise(layers: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _as_convolutions(
+def as_convolutions(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], layers: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Return the published fully connected layers in the shape of ours, where all of them are there and finite."""
+    """Return a classifier's fully connected layers in the shape of convolutions, or nothing.
+
+    Args:
+        own: state dict of the network that has the convolutions.
+        state: the published one.
+        layers: names of the former and of the latter's layers, such as ``{"fc.0": "classifier.0"}``.
+
+    Returns:
+        Weights and biases by ``own``'s names; nothing at all where one is missing, of another size or not finite.
+    """
     found: dict[str, Tensor] = {}
     for ours, theirs in layers.items():
         for part in ("weight", "bias"):
