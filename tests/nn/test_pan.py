@@ -52,8 +52,25 @@ def test_one_map_is_given_its_width() -> None:
     assert [tuple(level.shape) for level in neck(torch.rand(1, 3, 32, 32))] == [(1, 24, 4, 4)]
 
 
+@pytest.mark.parametrize("extra, strides", [("pool", [32]), ("p6p7", [32, 64]), ("p6p7_from_p5", [32, 64])])
+@torch.no_grad()
+def test_coarser_levels_come_from_the_last_level_or_map(extra: str, strides: list[int]) -> None:
+    neck = BackboneWithPAN(backbone=TinyBackbone(widths=(8, 16, 24)), channels=16, width=1.0, extra=extra).eval()
+    images = torch.rand(1, 3, 128, 64)
+    maps, levels = neck.body(images), neck(images)
+    assert neck.strides == [4, 8, 16, *strides] and neck.channels == [16] * len(levels)
+    assert [level.shape[2] for level in levels] == [128 // stride for stride in neck.strides]
+    if extra == "pool":
+        assert_close(levels[3], levels[2][:, :, ::2, ::2])
+    else:
+        assert_close(levels[3], neck.extra.p6(levels[2] if extra == "p6p7_from_p5" else maps[2]))
+        assert_close(levels[4], neck.extra.p7(levels[3].relu()))
+
+
 def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"channels are \[8, 16\] and the backbone's strides \[4, 8, 16\]"):
         _neck([8, 16])
     with pytest.raises(ValueError, match=r"strides \[4, 16\]"):
         BackboneWithPAN(backbone=TinyBackbone(widths=(8, 16, 24), strides=(4, 16)), channels=8)
+    with pytest.raises(ValueError, match="extra must be pool"):
+        BackboneWithPAN(backbone=TinyBackbone(widths=(8, 16, 24)), extra="p6")

@@ -43,11 +43,10 @@ class BackboneWithFPN(Backbone):
         self.fpn = FeaturePyramidNetwork(
             backbone.channels,
             channels,
-            extra_blocks=_extra_levels(extra, backbone.channels[-1], channels),
+            extra_blocks=extra_levels(extra, backbone.channels[-1], channels),
             norm_layer=None if norm is None else _norm_layer(norm),
         )
-        added = {None: 0, "pool": 1, "p6p7": 2, "p6p7_from_p5": 2}[extra]
-        self.strides = backbone.strides + [backbone.strides[-1] * 2 ** (step + 1) for step in range(added)]
+        self.strides = with_extra_strides(backbone.strides, extra)
         self.channels = [channels] * len(self.strides)
         self.mean, self.std = backbone.mean, backbone.std
 
@@ -57,16 +56,35 @@ class BackboneWithFPN(Backbone):
         return list(self.fpn(maps).values())
 
 
-def _extra_levels(extra: str | None, last: int, channels: int) -> ExtraFPNBlock | None:
+EXTRA = {None: 0, "pool": 1, "p6p7": 2, "p6p7_from_p5": 2}
+"""Names of the ways to make coarser levels, and how many levels each adds."""
+
+
+def extra_levels(extra: str | None, last: int, channels: int) -> ExtraFPNBlock | None:
+    """Return the layers that make coarser levels.
+
+    Args:
+        extra: a key of ``EXTRA``.
+        last: channels of the backbone's last map.
+        channels: of the last level, and of the new ones.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if extra not in EXTRA:
+        raise ValueError(f"extra must be pool, p6p7, p6p7_from_p5 or null, not {extra!r}")
     if extra is None:
         return None
     if extra == "pool":
         return LastLevelMaxPool()
-    if extra not in ("p6p7", "p6p7_from_p5"):
-        raise ValueError(f"extra must be pool, p6p7, p6p7_from_p5 or null, not {extra!r}")
     block = LastLevelP6P7(last if extra == "p6p7" else channels, channels)
     block.use_P5 = extra == "p6p7_from_p5"  # torchvision guesses it from the widths, which may be equal by chance
     return block
+
+
+def with_extra_strides(strides: list[int], extra: str | None) -> list[int]:
+    """Return the strides of a backbone's maps and those of the coarser levels, each twice the one before."""
+    return strides + [strides[-1] * 2 ** (step + 1) for step in range(EXTRA[extra])]
 
 
 def _norm_layer(norm: str) -> type[nn.Module]:

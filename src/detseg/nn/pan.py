@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from detseg.nn.backbone import Backbone
 from detseg.nn.csp import CSPBlock, convolution, scaled_depth, scaled_width
+from detseg.nn.fpn import extra_levels, with_extra_strides
 
 
 class BackboneWithPAN(Backbone):
@@ -28,11 +30,12 @@ class BackboneWithPAN(Backbone):
         width: factor of ``channels``, likewise.
         max_channels: channels of a level before ``width``, at most, likewise.
         blocks: in the row of every cross-stage block.
+        extra: coarser levels, made from the last level or map as ``BackboneWithFPN`` does.
         nested_from: stride from which on blocks are nested; 32 in YOLO's sizes n and s, 8 in the others. On the way
             down the stride of the finer level counts.
 
     Raises:
-        ValueError: there is not one number of channels per level, or strides do not double.
+        ValueError: there is not one number of channels per level, strides do not double, or ``extra`` is unknown.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class BackboneWithPAN(Backbone):
         max_channels: int = 1024,
         blocks: int = 2,
         nested_from: int = 32,
+        extra: Literal["pool", "p6p7", "p6p7_from_p5"] | None = None,
     ) -> None:
         super().__init__()
         strides, count = list(backbone.strides), len(backbone.strides)
@@ -69,18 +73,23 @@ class BackboneWithPAN(Backbone):
         self.up = nn.ModuleList(block(i + 1, own[i] + inner[i + 1]) for i in range(count - 1))
         # One map has no neighbours: a block of its own gives it the width that was asked for.
         self.alone = block(0, backbone.channels[0]) if count == 1 else None
-        self.strides, self.channels = strides, own
+        self.extra = extra_levels(extra, backbone.channels[-1], own[-1])
+        self.strides = with_extra_strides(strides, extra)
+        self.channels = own + own[-1:] * (len(self.strides) - count)
         self.mean, self.std = backbone.mean, backbone.std
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return one level per stride, each ``(B, channels[i], H / stride, W / stride)``."""
-        levels: list[Tensor] = list(self.body(images))
+        """Return one level per stride, each ``(B, channels[i], H / strides[i], W / strides[i])``."""
+        maps: list[Tensor] = self.body(images)
+        levels = list(maps)
         if self.alone is not None:
-            return [self.alone(levels[0])]
+            levels = [self.alone(levels[0])]
         for index in reversed(range(len(self.down))):
             coarse = F.interpolate(levels[index + 1], size=levels[index].shape[2:], mode="nearest")
             levels[index] = self.down[index](torch.cat((coarse, levels[index]), dim=1))  # (B, C, H / s, W / s)
         for index, (reduce, up) in enumerate(zip(self.reduce, self.up, strict=True)):
             fine = reduce(levels[index])  # (B, C, H / 2s, W / 2s)
             levels[index + 1] = up(torch.cat((fine, levels[index + 1]), dim=1))
+        if self.extra is not None:
+            levels = self.extra(levels, maps, [str(stride) for stride in self.body.strides])[0]
         return levels
