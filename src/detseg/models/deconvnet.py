@@ -19,15 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from detseg.models.segmenter import AnyMapLoss, SemanticSegmenter, pad_to_multiple
+from detseg.models.segmenter import AnyMapLoss
+from detseg.models.segnet import MirroredSegmenter
 from detseg.nn import MaxUnpooling, MirroredDecoder, Normalize, VGGEncoder
 from detseg.nn.undrawn import undrawn
-from detseg.structures import Target
 
 
-class DeconvNet(SemanticSegmenter):
+class DeconvNet(MirroredSegmenter):
     """The paper's network; see the head of this file.
 
     Args:
@@ -73,12 +73,3 @@ class DeconvNet(SemanticSegmenter):
         self.back = nn.Sequential(back, nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
         self.decoder = MirroredDecoder(widths=widths, convolutions=convolutions, upsample=upsample, transposed=True)
         self.head = nn.Conv2d(widths[0], num_classes, kernel_size=1)
-
-    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
-        """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
-        height, width = images.shape[-2:]
-        step = self.backbone.output_stride
-        images = pad_to_multiple(self.normalize(images, sizes), step, least=2 * step)  # (B, 3, H', W')
-        maps, switches = self.backbone.with_switches(images)
-        logits: Tensor = self.head(self.decoder(self.back(maps), switches))  # (B, K, H', W')
-        return logits[:, :, :height, :width]

@@ -24,20 +24,18 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
+from detseg.models.auxiliary import AuxiliarySegmenter
 from detseg.models.segmenter import (
     AnyMapLoss,
     Outputs,
-    SegmenterOutputs,
-    SemanticSegmenter,
     pad_to_multiple,
     resize_logits,
 )
-from detseg.models.torchvision_weights import load_torchvision
 from detseg.nn import Backbone, Normalize
 from detseg.structures import Target
 
 
-class DeepLabV3(SemanticSegmenter):
+class DeepLabV3(AuxiliarySegmenter):
     """The paper's network; see the head of this file.
 
     Args:
@@ -83,12 +81,7 @@ class DeepLabV3(SemanticSegmenter):
             *_convolution(width, width, size=3),
             nn.Conv2d(width, num_classes, kernel_size=1),
         )
-        self.aux_classifier = (
-            None if auxiliary is None else auxiliary(channels=backbone.channels[-2], num_classes=num_classes)
-        )
-        if weights is not None:
-            parts = () if self.aux_classifier is not None else ("backbone.", "classifier.")
-            load_torchvision(self, weights, builder=builder, only=parts)
+        self.add_auxiliary(auxiliary, weights=weights, builder=builder)
 
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Outputs:
         """Return logits ``(B, K, H, W)`` of images of any size, with an auxiliary head also its own.
@@ -108,10 +101,7 @@ class DeepLabV3(SemanticSegmenter):
         )  # (B, 3, H', W')
         maps = self.backbone(images)
         logits = resize_logits(self.classifier(maps[-1]), (images.shape[-2], images.shape[-1]))  # (B, K, H', W')
-        logits = logits[:, :, :height, :width]
-        if self.aux_classifier is None:
-            return logits
-        return SegmenterOutputs(logits=logits, auxiliary=self.aux_classifier(maps[-2]))
+        return self.with_auxiliary(logits[:, :, :height, :width], maps)
 
 
 class AtrousPyramid(nn.Module):

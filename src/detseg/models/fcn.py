@@ -24,15 +24,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from detseg.models.auxiliary import AuxiliarySegmenter
 from detseg.models.segmenter import (
     AnyMapLoss,
     Outputs,
-    SegmenterOutputs,
-    SemanticSegmenter,
     pad_to_multiple,
     resize_logits,
 )
-from detseg.models.torchvision_weights import load_torchvision
 from detseg.nn import Backbone, Normalize, TransposedConvolution
 from detseg.structures import Target
 
@@ -40,7 +38,7 @@ LEARNT_INTERPOLATION = partial(TransposedConvolution, bilinear=True, bias=False)
 """The paper's layers that enlarge scores: bilinear at the start."""
 
 
-class FCN(SemanticSegmenter):
+class FCN(AuxiliarySegmenter):
     """FCN-32s, 16s and 8s; see the head of this file.
 
     Args:
@@ -86,9 +84,6 @@ class FCN(SemanticSegmenter):
         self.backbone = backbone
         make = score if head is None else head
         self.classifier = make(channels=backbone.channels[-1], num_classes=num_classes)
-        self.aux_classifier = (
-            None if auxiliary is None else auxiliary(channels=backbone.channels[-2], num_classes=num_classes)
-        )
         self.skip_scores = nn.ModuleList(
             score(channels=channels, num_classes=num_classes) for channels in self._fused(backbone.channels)
         )
@@ -98,9 +93,7 @@ class FCN(SemanticSegmenter):
             make_layer = partial(upsample, channels=num_classes, width=num_classes)
             self.enlarge = nn.ModuleList(make_layer(factor=factor) for factor in [*[2] * skips, finest])
             self.enlarge[-1].requires_grad_(learn_last)
-        if weights is not None:
-            parts = () if self.aux_classifier is not None else ("backbone.", "classifier.")
-            load_torchvision(self, weights, builder=builder, only=parts)
+        self.add_auxiliary(auxiliary, weights=weights, builder=builder)
 
     def _fused(self, items: list[Any]) -> list[Any]:
         """Return the entries of the fused maps, coarsest first."""
@@ -120,9 +113,7 @@ class FCN(SemanticSegmenter):
             own = scorer(finer)  # (B, K, 2 h, 2 w)
             scores = own + _enlarge(layer, scores, own)
         logits = _enlarge(layers[-1], scores, images)[:, :, :height, :width]  # (B, K, H, W)
-        if self.aux_classifier is None:
-            return logits
-        return SegmenterOutputs(logits=logits, auxiliary=self.aux_classifier(maps[-2]))
+        return self.with_auxiliary(logits, maps)
 
 
 class FCNHead(nn.Sequential):

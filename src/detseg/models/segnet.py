@@ -24,7 +24,27 @@ from detseg.nn import MaxUnpooling, MirroredDecoder, Normalize, VGGEncoder
 from detseg.structures import Target
 
 
-class SegNet(SemanticSegmenter):
+class MirroredSegmenter(SemanticSegmenter):
+    """Base of SegNet and DeconvNet: a VGG, its mirror image that reads the switches, and a head; see ``forward``."""
+
+    backbone: VGGEncoder
+    normalize: Normalize
+    back: nn.Module
+    """Between the two: what undoes the fully connected layers."""
+    decoder: MirroredDecoder
+    head: nn.Module
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
+        """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
+        height, width = images.shape[-2:]
+        step = self.backbone.output_stride
+        images = pad_to_multiple(self.normalize(images, sizes), step, least=2 * step)  # (B, 3, H', W')
+        maps, switches = self.backbone.with_switches(images)
+        logits: Tensor = self.head(self.decoder(self.back(maps), switches))  # (B, K, H', W')
+        return logits[:, :, :height, :width]
+
+
+class SegNet(MirroredSegmenter):
     """The paper's network; see the head of this file.
 
     Args:
@@ -51,14 +71,6 @@ class SegNet(SemanticSegmenter):
         super().__init__(num_classes=num_classes, loss=loss, separation=separation)
         self.backbone = VGGEncoder(widths=widths, convolutions=convolutions, norm=True, weights=weights)
         self.normalize = Normalize(self.backbone.mean, self.backbone.std)
+        self.back = nn.Identity()
         self.decoder = MirroredDecoder(widths=widths, convolutions=convolutions, upsample=upsample, last=False)
         self.head = nn.Conv2d(widths[0], num_classes, 3, padding=1)
-
-    def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
-        """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
-        height, width = images.shape[-2:]
-        step = self.backbone.output_stride
-        images = pad_to_multiple(self.normalize(images, sizes), step, least=2 * step)  # (B, 3, H', W')
-        maps, switches = self.backbone.with_switches(images)
-        logits: Tensor = self.head(self.decoder(maps, switches))  # (B, K, H', W')
-        return logits[:, :, :height, :width]
