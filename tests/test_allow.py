@@ -70,7 +70,7 @@ def test_what_is_no_dotted_path_is_refused(path):
         ("torch.nn.modules.module.OrderedDict", "collections"),
         ("detseg.data.cache.contextlib.suppress", "contextlib"),
         ("detseg.data.cache.os.system", "os"),
-        ("detseg.models.import_module", "importlib"),
+        ("detseg.lazy.import_module", "importlib"),
         ("detseg.nn.backbone.torch.hub.load", "torch"),
         ("detseg.structures.detections.dataclass", "dataclasses"),
     ],

@@ -28,6 +28,7 @@ ROOMS = [
 # Modules beside the rooms, and which rooms and modules each may know; "*" is everything.
 BESIDE = {
     "allow": (),
+    "lazy": (),
     "stamp": ("secrecy",),
     "suggest": (),
     "atomic": (),
@@ -46,7 +47,9 @@ BESIDE = {
 }
 KNOWN_BESIDE = {
     "nn": {"durable"},
-    "data": {"atomic"},
+    "models": {"lazy"},
+    "metrics": {"lazy"},
+    "data": {"atomic", "lazy"},
     "callbacks": {"stamp", "visualize", "lettering", "results", "atomic", "durable", "secrecy", "storage"},
     "engine": set(BESIDE),
     "cli": set(BESIDE),

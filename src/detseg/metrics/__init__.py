@@ -6,8 +6,9 @@ The names load when they are first used: what prints figures needs no torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from detseg.lazy import lazy_names
 
 if TYPE_CHECKING:
     from detseg.metrics.boundary import BoundaryQuality
@@ -42,14 +43,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the file of a metric when its name is first used."""
-    if name not in _HOMES:
-        raise AttributeError(f"detseg.metrics has no {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)
