@@ -70,7 +70,7 @@ def test_what_is_no_dotted_path_is_refused(path):
         ("torch.nn.modules.module.OrderedDict", "collections"),
         ("detseg.data.cache.contextlib.suppress", "contextlib"),
         ("detseg.data.cache.os.system", "os"),
-        ("detseg.lazy.import_module", "importlib"),
+        ("detseg.models.lazy_names", "detseg.lazy"),
         ("detseg.nn.backbone.torch.hub.load", "torch"),
         ("detseg.structures.detections.dataclass", "dataclasses"),
     ],
