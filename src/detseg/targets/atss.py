@@ -8,7 +8,8 @@ candidates, as in its authors' code.
 
 Sparse and without a loop over images or boxes: the k nearest cells of a grid lie in a fixed pattern about the nearest
 one. A box whose centre no candidate's centre is near enough to, such as one between two points, teaches nothing, as in
-the paper.
+the paper; nor does one for which no candidate reaches the threshold, as may be with few levels, where most candidates
+of a box between two of them are about as good as the best.
 
 Letters: B images, G boxes of all images, N references of one image, L levels, S shapes (references of one cell, over
 all levels), O offsets of the pattern, C candidates.
