@@ -98,7 +98,7 @@ def attacks(place: Path) -> dict[str, dict[str, Any]]:
         call("torch.nn.modules.module.torch.load", f=file["pt"], weights_only=False),
         call("detseg.data.cache.os.mkdir", path=canary),
         call("detseg.stamp.run", ["mkdir", canary]),
-        call("detseg.models.import_module", name="hostile_module"),
+        call("detseg.lazy.import_module", name="hostile_module"),
     ]
     return {node["_target_"]: node for node in nodes}
 
