@@ -28,6 +28,8 @@ def model(name: str) -> tuple[Any, str]:
     """Return the model in float64, which draws no samples: two processes would draw others than one."""
     cfg = load_config(f"model={name}")
     cfg.data.num_classes = 5 if cfg.truth == "semantic" else 3
+    if "proposer" in cfg.model:
+        cfg.model.proposer.limit = 20  # R-CNN looks at a crop for each
     torch.manual_seed(0)
     built = instantiate(OmegaConf.to_container(cfg.model, resolve=True), path="model").double().eval()
     for part in built.modules():
