@@ -17,15 +17,13 @@ from pathlib import Path
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
-from detseg.nn.backbone import Backbone, published_weights
-from detseg.nn.vgg import as_convolutions, fully_connected_layers, initialise
-from detseg.nn.weights import load_weights
+from detseg.nn.vgg import PoolingEncoder, fully_connected_layers, initialise
 
 KERNEL = 6
 """Cells a side that fc6 sees."""
 
 
-class AlexNetEncoder(Backbone):
+class AlexNetEncoder(PoolingEncoder):
     """AlexNet's convolutions, its poolings' maps at strides 8, 16 and 32, and fc7; layers bear torchvision's names.
 
     Args:
@@ -38,6 +36,8 @@ class AlexNetEncoder(Backbone):
     Raises:
         ValueError: a stride is not there.
     """
+
+    stem_stride = 4
 
     def __init__(
         self,
@@ -66,30 +66,15 @@ class AlexNetEncoder(Backbone):
         if fully_connected and self.strides[-1] == 32:
             self.channels[-1] = fully_connected
         if weights is not None:
-            self._load(weights)
+            self.load_published("alexnet", weights, {"fc.0": "classifier.1", "fc.3": "classifier.4"})
 
-    def _load(self, weights: str | Path) -> None:
-        state, mean, std = published_weights("alexnet", weights)
-        self.mean, self.std = mean or self.mean, std or self.std
-        own = self.state_dict()
-        layers = {f"fc.{ours}": f"classifier.{theirs}" for ours, theirs in ((0, 1), (3, 4))}
-        fresh = {key: value for key, value in own.items() if key.startswith("fc.")}
-        found = {key: value for key, value in state.items() if key.startswith("features.")}
-        load_weights(self, fresh | found | as_convolutions(own, state, layers), source=f"alexnet {weights}")
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return one map per stride; see ``Backbone``. Sides should be multiples of 32."""
-        maps, stride = {}, 4
-        for layer in self.features:
-            images = layer(images)
-            if isinstance(layer, nn.MaxPool2d):
-                stride *= 2
-                maps[stride] = images  # (B, C, H / stride, W / stride)
-        if len(self.fc):
-            before = (KERNEL - 1) // 2
-            around = (before, KERNEL - 1 - before)  # an even kernel has no cell in its middle
-            maps[stride] = self.fc(F.pad(images, (*around, *around)))  # (B, fully_connected, H / 32, W / 32)
-        return [maps[wanted] for wanted in self.strides]
+    def last(self, maps: Tensor) -> Tensor:
+        """Return ``(B, D, h, w)``, what ``fc`` makes of the last map ``(B, C, h, w)``."""
+        if not len(self.fc):
+            return maps
+        before = (KERNEL - 1) // 2
+        around = (before, KERNEL - 1 - before)  # an even kernel has no cell in its middle
+        return super().last(F.pad(maps, (*around, *around)))
 
 
 def _halve() -> nn.MaxPool2d:

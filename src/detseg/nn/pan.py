@@ -30,9 +30,9 @@ class BackboneWithPAN(Backbone):
         width: factor of ``channels``, likewise.
         max_channels: channels of a level before ``width``, at most, likewise.
         blocks: in the row of every cross-stage block.
-        extra: coarser levels, made from the last level or map as ``BackboneWithFPN`` does.
         nested_from: stride from which on blocks are nested; 32 in YOLO's sizes n and s, 8 in the others. On the way
             down the stride of the finer level counts.
+        extra: coarser levels, made from the last level or map as ``BackboneWithFPN`` does.
 
     Raises:
         ValueError: there is not one number of channels per level, strides do not double, or ``extra`` is unknown.

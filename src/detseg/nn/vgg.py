@@ -22,7 +22,47 @@ from detseg.nn.weights import load_weights
 from detseg.ops.upsampling import pool_with_switches
 
 
-class VGGEncoder(Backbone):
+class PoolingEncoder(Backbone):
+    """Base of AlexNet's and VGG's encoders: ``features`` with their poolings, then ``fc``; see ``forward``."""
+
+    features: nn.Sequential
+    fc: nn.Sequential
+    stem_stride = 1
+    """Pixels per cell before the first pooling."""
+
+    def load_published(self, name: str, weights: str | Path, layers: Mapping[str, str]) -> None:
+        """Load torchvision's network, its fully connected layers too where they have the shape of ours.
+
+        Args:
+            name: of torchvision's network.
+            weights: ``default`` or a name (both download), or the path of its state dict.
+            layers: names of our convolutions and of its layers, such as ``{"fc.0": "classifier.0"}``.
+        """
+        state, mean, std = published_weights(name, weights)
+        self.mean, self.std = mean or self.mean, std or self.std
+        own = self.state_dict()
+        kept = {key: value for key, value in own.items() if key.startswith("fc.")}
+        found = {key: value for key, value in state.items() if key.startswith("features.")}
+        load_weights(self, kept | found | _as_convolutions(own, state, layers), source=f"{name} {weights}")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one map per stride; see ``Backbone``. Sides are rounded down where a pooling halves odd ones."""
+        maps, stride = {}, self.stem_stride
+        for layer in self.features:
+            images = layer(images)
+            if isinstance(layer, nn.MaxPool2d):
+                stride *= 2
+                maps[stride] = images  # (B, C, H / stride, W / stride)
+        maps[stride] = self.last(images)
+        return [maps[wanted] for wanted in self.strides]
+
+    def last(self, maps: Tensor) -> Tensor:
+        """Return ``(B, D, h, w)``, what ``fc`` makes of the last map ``(B, C, h, w)``."""
+        result: Tensor = self.fc(maps)
+        return result
+
+
+class VGGEncoder(PoolingEncoder):
     """Stages of 3x3 convolutions, each ended by a pooling; layers bear torchvision's names (``features.0``, ...).
 
     Maps come after the poolings, at strides 2, 4, 8, ...; the last one may be that of fc7.
@@ -84,7 +124,8 @@ class VGGEncoder(Backbone):
         if fully_connected:
             self.channels[-1] = fully_connected
         if weights is not None:
-            self._load("vgg16_bn" if norm else "vgg16", weights)
+            layers = {"fc.0": "classifier.0", "fc.3": "classifier.3"}
+            self.load_published("vgg16_bn" if norm else "vgg16", weights, layers)
 
     def _dilate(self) -> int:
         """Leave out the poolings beyond the output stride and dilate what follows; return fc6's dilation."""
@@ -99,26 +140,6 @@ class VGGEncoder(Backbone):
             elif isinstance(layer, nn.Conv2d):
                 layer.dilation, layer.padding = (dilation, dilation), (dilation, dilation)
         return dilation
-
-    def _load(self, name: str, weights: str | Path) -> None:
-        state, mean, std = published_weights(name, weights)
-        self.mean, self.std = mean or self.mean, std or self.std
-        own = {key: value for key, value in state.items() if key.startswith("features.")}
-        layers = {f"fc.{ours}": f"classifier.{theirs}" for ours, theirs in ((0, 0), (3, 3))}
-        own |= as_convolutions(self.state_dict(), state, layers)
-        kept = {key: value for key, value in self.state_dict().items() if key.startswith("fc.")}
-        load_weights(self, kept | own, source=f"{name} {weights}")
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return one map per stride; see ``Backbone``. Sides are rounded down where a pooling halves odd ones."""
-        maps, stride = {}, 1
-        for layer in self.features:
-            images = layer(images)
-            if isinstance(layer, nn.MaxPool2d):
-                stride *= 2
-                maps[stride] = images  # (B, C, H / stride, W / stride)
-        maps[stride] = self.fc(images)
-        return [maps[wanted] for wanted in self.strides]
 
     def with_switches(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the last map, and of each pooling the places of the maxima, for unpooling.
@@ -194,7 +215,7 @@ def initialise(layers: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def as_convolutions(
+def _as_convolutions(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], layers: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Return a classifier's fully connected layers in the shape of convolutions, or nothing.
