@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from detseg.structures import Detections
 if TYPE_CHECKING:
     from detseg.data.module import DetectionData
     from detseg.data.proposals import Filling
+    from detseg.metrics import ProposalRecall
 
 
 @dataclass
@@ -78,28 +78,30 @@ def propose(cfg: DictConfig) -> Proposed:
     data.num_workers = (os.cpu_count() or 1) if cfg.workers is None else int(cfg.workers)
     directory = Path(cfg.paths.output_dir)
     wanted = data.splits if cfg.splits is None else list(cfg.splits)
-    ProposalRecall(limits=list(cfg.limits))  # wrong limits, like an unknown split, are an error before hours of work
+    metric = ProposalRecall(
+        limits=list(cfg.limits)
+    )  # wrong limits are told before hours of work, as an unknown split is
     for split in wanted:
         data.dataset(split)
     write_run_files(cfg, directory)
-    found = [_measured(data, split, list(cfg.limits), directory) for split in wanted]
+    found = [_measured(data, split, metric, directory) for split in wanted]
     told = {one.split: {**one.figures, "boxes": one.boxes, "made": one.filling.made} for one in found}
     files = [directory / f"proposals_{split}.png" for split in wanted]
     files.append(write_json(directory / "metrics.json", told))
     return Proposed(directory, data.proposer.key if data.proposer else "", found, files)
 
 
-def _measured(data: DetectionData, split: str, limits: Sequence[int], directory: Path) -> SplitProposals:
+def _measured(data: DetectionData, split: str, metric: ProposalRecall, directory: Path) -> SplitProposals:
     """Fill one split, measure it and draw its recall."""
     from detseg import visualize
     from detseg.callbacks.curves import pictures
     from detseg.data.proposals import ProposedDataset
-    from detseg.metrics import ProposalRecall
 
     samples = data.samples(split)
     assert isinstance(samples, ProposedDataset)
     filling = samples.fill(workers=data.num_workers)
-    metric, boxes = ProposalRecall(limits=limits), 0
+    metric.reset()
+    boxes = 0
     for batch in data.eval_dataloader(split):
         metric.update([ranked(proposals) for proposals in batch.proposals], batch.truths)
         boxes += sum(map(len, batch.proposals))
