@@ -32,7 +32,8 @@ def fingerprint(*, options: str, contents: Iterable[Path], folders: Iterable[Pat
     Args:
         options: the reader's name and settings as text.
         contents: annotation files, hashed byte by byte; one that is missing counts as missing.
-        folders: image folders; names, byte counts and times of change of the files in them are hashed, not the pixels.
+        folders: of images and maps; names, byte counts and times of change of the files in them are hashed, not the
+            pixels.
     """
     digest = hashlib.blake2b(f"{FORMAT} {options}".encode(), digest_size=20)
     for path in contents:

@@ -108,14 +108,12 @@ class Voc(FileData):
         return stems
 
     def inputs(self, split: str) -> tuple[Iterable[Path], Iterable[Path]]:
-        """Return the annotation files and the image folder; where names are collected, the XML of every split."""
+        """Return the annotation files (every split's where names are collected), and the folders of images and maps."""
         stems = [stem for each in self.splits for stem in self.stems(each)] if self.wanted_names is None else []
         contents = [self._xml(stem) for stem in stems or self.stems(split)]
-        if self.truth != "boxes":
-            folders = ("SegmentationClass", "SegmentationObject")
-            contents += [self.root / folder / f"{stem}.png" for folder in folders for stem in self.stems(split)]
+        maps = ("SegmentationClass", "SegmentationObject") if self.truth != "boxes" else ()
         return [self.root / "ImageSets" / self.image_set / f"{self.split_names[split]}.txt", *contents], [
-            self.root / "JPEGImages"
+            self.root / folder for folder in ("JPEGImages", *maps)
         ]
 
     def scan(self, split: str) -> StoreBuilder:
