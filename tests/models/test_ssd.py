@@ -124,7 +124,7 @@ def test_the_configs_lay_the_papers_default_boxes(name: str, size: int, total: i
     found = tuple(tuple(level.shape[2:]) for level in levels(torch.zeros(1, 3, size, size)))
     assert found == tuple((count, count) for count in cells)
     boxes = instantiate(section["default_boxes"], path="default_boxes")
-    lattice = build_lattice(boxes, found, tuple(boxes.strides((size, size), found)), "cpu")
+    lattice = build_lattice(boxes, found, tuple(boxes.strides((size, size), found, [8] * len(found))), "cpu")
     assert lattice.total == total
     middles = (lattice.boxes[:, :2] + lattice.boxes[:, 2:]) / 2
     assert float(middles.amin()) > 0 and float(middles.amax()) < size + 8

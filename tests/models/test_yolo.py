@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def _outputs(model: YOLO, boxes: Tensor, cells: list[int], labels: list[int], su
     logits[0, cells, labels] = sure
     codes = model.coder.encode(boxes, outputs.lattice.boxes[cells])
     regression[0, cells] = _two_hot(codes)
-    return DenseOutputs(logits, regression, None, outputs.references, outputs.image_size, outputs.feature_sizes)
+    return replace(outputs, logits=logits, regression=regression, quality=None)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ SSDLITE_CELLS = [20, 10, 5, 3, 2, 1]
 
 
 def lattice_of(boxes: DefaultBoxes, image: tuple[int, int], cells: list[tuple[int, int]]) -> Lattice:
-    return build_lattice(boxes, tuple(cells), tuple(boxes.strides(image, cells)), "cpu")
+    return build_lattice(boxes, tuple(cells), tuple(boxes.strides(image, cells, [8] * len(cells))), "cpu")
 
 
 def squares(counts: list[int]) -> list[tuple[int, int]]:
@@ -71,7 +71,7 @@ def test_boxes_keep_their_pixels_in_images_of_any_size_and_levels_without_a_step
     boxes = DefaultBoxes(image_size=64, scales=[0.25, 0.5, 1.0], ratios=[[2], [2]], steps=[8, None])
     cells = [(6, 11), (2, 3)]
     lattice = lattice_of(boxes, (48, 88), cells)
-    assert boxes.strides((48, 88), cells) == [(8, 8), (24.0, 88 / 3)]
+    assert boxes.strides((48, 88), cells, [8, 16]) == [(8, 8), (24.0, 88 / 3)]
     squares_of_level_two = lattice.boxes[lattice.counts[0] :: 4]
     assert_close(squares_of_level_two[:, 2] - squares_of_level_two[:, 0], torch.full((6,), 32.0))
     centres = (squares_of_level_two[:, :2] + squares_of_level_two[:, 2:]) / 2

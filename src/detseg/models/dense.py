@@ -86,6 +86,7 @@ class DenseOutputs:
         references: lays the references over the levels.
         image_size: (height, width) of the padded images.
         feature_sizes: (rows, columns) of each level.
+        nominal: the backbone's strides.
     """
 
     logits: Tensor
@@ -94,11 +95,12 @@ class DenseOutputs:
     references: References
     image_size: tuple[int, int]
     feature_sizes: tuple[tuple[int, int], ...]
+    nominal: tuple[int, ...]
 
     @property
     def lattice(self) -> Lattice:
         """The references of one image; laid when asked for, so that an export of ``forward`` has the network alone."""
-        strides = tuple(self.references.strides(self.image_size, self.feature_sizes))
+        strides = tuple(self.references.strides(self.image_size, self.feature_sizes, self.nominal))
         return build_lattice(self.references, self.feature_sizes, strides, self.logits.device)
 
 
@@ -206,7 +208,8 @@ class DenseDetector(nn.Module):
         logits, regression, quality = self.head(levels)  # (B, N, K), (B, N, 4), (B, N) or None
         feature_sizes = tuple((level.shape[2], level.shape[3]) for level in levels)
         size = images.shape[2], images.shape[3]
-        return DenseOutputs(logits, regression, quality, self.references, size, feature_sizes)
+        nominal = tuple(self.backbone.strides)
+        return DenseOutputs(logits, regression, quality, self.references, size, feature_sizes, nominal)
 
     def loss(self, outputs: DenseOutputs, targets: list[Target]) -> dict[str, Tensor]:
         """Return ``loss_classification`` and the terms of ``box_terms``, scalars; see ``Detector.loss``."""

@@ -48,9 +48,9 @@ class AnchorGenerator:
         return [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.ratios, strict=True)]
 
     def strides(
-        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]
+        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], nominal: Sequence[int]
     ) -> list[tuple[float, float]]:
-        """Return the strides (vertical, horizontal) of each level; see ``grid_strides``."""
+        """Return torchvision's strides of each level, see ``grid_strides``; ``nominal`` is not read."""
         return [*grid_strides(image_size, feature_sizes)]
 
     def __call__(

@@ -72,13 +72,10 @@ class DefaultBoxes:
         """Return A, the default boxes per cell, of each level."""
         return [2 + 2 * len(level) for level in self.ratios]
 
-    def strides(self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]) -> list[Spacing]:
-        """Return the pixels (vertical, horizontal) between the centres of each level.
-
-        Args:
-            image_size: (height, width) of the padded images.
-            feature_sizes: (H, W) of each level.
-        """
+    def strides(
+        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], nominal: Sequence[int]
+    ) -> list[Spacing]:
+        """Return the pixels between the centres of each level: ``steps``, else side / cells; see ``References``."""
         return [
             (step, step) if step is not None else (image_size[0] / rows, image_size[1] / cols)
             for step, (rows, cols) in zip(self.steps, feature_sizes, strict=True)

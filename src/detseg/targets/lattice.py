@@ -49,8 +49,17 @@ class Shapes(NamedTuple):
 class References(Protocol):
     """Anything that lays reference boxes over a pyramid, such as an ``AnchorGenerator``."""
 
-    def strides(self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]) -> list[Spacing]:
-        """Return how far the cells of each level lie apart in pixels, given the padded image and its levels."""
+    def strides(
+        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], nominal: Sequence[int]
+    ) -> list[Spacing]:
+        """Return how far the cells of each level lie apart in pixels, vertically and horizontally.
+
+        Args:
+            image_size: (height, width) of the padded images.
+            feature_sizes: (H, W) of each level.
+            nominal: the backbone's strides. Where a side is no multiple of one, its level is rounded, and side / cells
+                is another number.
+        """
         ...
 
     def __call__(

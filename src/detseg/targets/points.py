@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detseg.targets.anchors import grid_strides
 from detseg.targets.lattice import Lattice, Shapes, Spacing, Windows, expand_windows, pick_best, within
 
 _AREA_TOP = 1e8  # px^2; float32 rounds top - area to multiples of 8, and torchvision breaks ties after that rounding
@@ -30,9 +29,11 @@ class CellGrid:
     Their centres lie half a stride from those of an ``AnchorGenerator``'s squares.
     """
 
-    def strides(self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]) -> list[Spacing]:
-        """Return (vertical, horizontal) pixels between the cells of each level; see ``grid_strides``."""
-        return [*grid_strides(image_size, feature_sizes)]
+    def strides(
+        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], nominal: Sequence[int]
+    ) -> list[Spacing]:
+        """Return the pixels between the cells of each level, ``nominal``; see ``References``."""
+        return [(stride, stride) for stride in nominal]
 
     def __call__(
         self, feature_sizes: Sequence[tuple[int, int]], strides: Sequence[Spacing], device: torch.device | str

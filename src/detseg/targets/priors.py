@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from detseg.ops.size_clusters import size_iou
-from detseg.targets.anchors import grid_strides
 from detseg.targets.cells import centre_cells, keep_largest
 from detseg.targets.lattice import Lattice, Spacing
 from detseg.targets.matchers import BETWEEN
@@ -52,9 +51,11 @@ class PriorGrid:
         """Return A, the priors per cell, of each level."""
         return [len(level) for level in self.sizes]
 
-    def strides(self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]]) -> list[Spacing]:
-        """Return (vertical, horizontal) pixels between the cells of each level; see ``References``."""
-        return [*grid_strides(image_size, feature_sizes)]
+    def strides(
+        self, image_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], nominal: Sequence[int]
+    ) -> list[Spacing]:
+        """Return the pixels between the cells of each level, ``nominal``; see ``References``."""
+        return [(stride, stride) for stride in nominal]
 
     def __call__(
         self, feature_sizes: Sequence[tuple[int, int]], strides: Sequence[Spacing], device: torch.device | str
