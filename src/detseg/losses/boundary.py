@@ -3,7 +3,7 @@
 Kervadec et al. 2019, "Boundary loss for highly unbalanced segmentation" (arXiv:1812.07032), equations 5 to 7: the
 probability of a class, times the signed distance to its border, positive outside and negative inside. It is meant
 beside a loss of regions. Differs from the paper: the mean is over valid pixels and classes, so it does not depend on
-the size of images, and distances are in pixels.
+the size of images, distances are in pixels, and those that do not count lie on no side of a border.
 
 B = images, K = classes, H, W = pixels.
 """
@@ -28,24 +28,27 @@ def signed_distances(labels: Tensor, num_classes: int, *, ignore_index: int = IG
     Args:
         labels: ``(B, H, W)`` int64 in 0..K-1 or ``ignore_index``, which is no class.
         num_classes: K.
-        ignore_index: label of pixels that do not count; their distances are 0.
+        ignore_index: label of pixels that do not count, such as padding; their distances are 0.
 
     Returns:
         ``(B, K, H, W)`` float32, pixels: outside, to the nearest pixel of the class; inside, 1 minus that to the
-        nearest pixel of another, so at most 0. A class that is nowhere or everywhere in an image has no border: 0.
+        nearest valid pixel of another, so at most 0. A class that has none or all of an image's valid pixels has no
+        border: 0.
     """
     result = np.zeros((len(labels), num_classes, *labels.shape[1:]), dtype=np.float32)  # (B, K, H, W)
     given = labels.detach().cpu().numpy()
     for image, own in zip(result, given, strict=True):
-        for label in np.unique(own[own != ignore_index]):
-            inside = (own == label).astype(np.uint8)  # (H, W)
-            if inside.all():
-                continue
+        valid = own != ignore_index  # (H, W)
+        shown = np.unique(own[valid])
+        for label in shown if len(shown) > 1 else ():
+            inside = own == label  # (H, W)
+            # Not the rest of the image: an end of the valid pixels is no border, or padding would be worth reaching.
             away, deep = (
-                cv2.distanceTransform(side, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for side in (1 - inside, inside)
-            )
+                cv2.distanceTransform((~side).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+                for side in (inside, valid & ~inside)
+            )  # (H, W) to the nearest pixel of the class, of another
             image[label] = np.where(inside, 1 - deep, away)
-        image[:, own == ignore_index] = 0
+        image[:, ~valid] = 0
     return torch.from_numpy(result).to(labels.device)
 
 
