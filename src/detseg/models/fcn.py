@@ -5,9 +5,10 @@ Long, Shelhamer & Darrell 2015, "Fully Convolutional Networks for Semantic Segme
 Built (figure 3): scores of every class by a 1x1 convolution on the last map (stride 32: FCN-32s); enlarged twofold by a
 transposed convolution that starts as bilinear interpolation and learns, plus scores on pool4 (FCN-16s); the same once
 more with pool3 (FCN-8s); then enlarged to the image by a fixed bilinear one. Layers that score start at zero (section
-4.3), so adding a skip to a trained coarser network leaves its answer as it was: stage-wise training is
-``init_from=<run of fcn32s>`` with ``model=fcn16s``, whose new layers start from zero. Over a dilated ResNet, with a
-convolution before the scores and an auxiliary head, it is torchvision's ``fcn_resnet50``, whose state dict loads.
+4.3), so a skip added to a trained coarser network adds nothing at first, and the answer nearly stays: enlarging in two
+steps rounds the kinks of the interpolation, no more. Stage-wise training is ``init_from=<run of fcn32s>`` with
+``model=fcn16s``. Over a dilated ResNet, with a convolution before the scores and an auxiliary head, it is torchvision's
+``fcn_resnet50``, whose state dict loads.
 
 Different: fc6 is padded by 3 cells and images to a multiple of 32, where the paper pads images by 100 pixels and crops;
 the scores of pool3 and pool4 are not scaled before they are added.
@@ -50,7 +51,7 @@ class FCN(AuxiliarySegmenter):
         auxiliary_weight: factor of their terms; 0.5 in torchvision.
         upsample: makes the layers that enlarge scores from channels, width and factor; ``None`` interpolates bilinearly
             to the size that is wanted, without padding the images, as torchvision does.
-        learn_last: the last enlargement learns too; in the paper it stays bilinear.
+        learn_last: a last enlargement that starts bilinear learns too; in the paper it stays. Others always learn.
         weights: of torchvision's ``builder``, by name (downloads) or as the path of a state dict, or ``None``.
         builder: torchvision's function that has the same architecture.
         loss: gives the named terms; ``None`` means plain cross entropy.
@@ -92,7 +93,8 @@ class FCN(AuxiliarySegmenter):
             finest = backbone.strides[-1 - skips]
             make_layer = partial(upsample, channels=num_classes, width=num_classes)
             self.enlarge = nn.ModuleList(make_layer(factor=factor) for factor in [*[2] * skips, finest])
-            self.enlarge[-1].requires_grad_(learn_last)
+            if not learn_last and getattr(self.enlarge[-1], "bilinear", False):
+                self.enlarge[-1].requires_grad_(False)  # what does not interpolate from the start has to learn
         self.add_auxiliary(auxiliary, weights=weights, builder=builder)
 
     def _fused(self, items: list[Any]) -> list[Any]:
