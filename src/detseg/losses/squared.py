@@ -6,6 +6,8 @@ the coordinates of a box, as is done here.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 
@@ -23,6 +25,8 @@ def squared_error(prediction: Tensor, target: Tensor, weights: Tensor | None = N
 
 class SquaredError(nn.Module):
     """The summed squared difference as a constructor argument of a model; see ``squared_error``."""
+
+    of_boxes: ClassVar[bool] = False  # but of what a coder makes of them
 
     def forward(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the sum over all elements ``(..., D)``, each row weighted by ``weights`` (...), a scalar."""

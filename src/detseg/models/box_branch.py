@@ -18,6 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import compared
 from detseg.losses.normalise import normaliser
 from detseg.losses.smooth_l1 import SmoothL1
 from detseg.models.hard_regions import hard_regions
@@ -172,7 +173,7 @@ class BoxBranch(RegionBranch):
             chooses after a pass over all of them; see ``hard_regions``.
         coder: of the box deltas; default weights (10, 10, 5, 5).
         classification_loss: summed loss of (logits ``(R, K + 1)``, labels ``(R,)``).
-        box_loss: summed loss of (deltas, wanted deltas), both ``(P, 4)``.
+        box_loss: summed loss of (deltas, wanted deltas), both ``(P, 4)``, or of boxes likewise.
         nms: among the boxes of one class; default threshold 0.5.
         score_threshold: lowest class probability of a detection.
         detections_per_image: the most that are kept.
@@ -316,11 +317,12 @@ class BoxBranch(RegionBranch):
         """
         labels = torch.cat(samples.labels)  # (R,)
         positive = (labels > 0).nonzero().flatten()  # (P,)
-        wanted = self.coder.encode(torch.cat(samples.truth)[positive], torch.cat(samples.boxes)[positive])  # (P, 4)
+        truth, regions = torch.cat(samples.truth)[positive], torch.cat(samples.boxes)[positive]  # (P, 4) each
+        chosen = deltas[positive, self._column(labels[positive])]  # (P, 4)
         count = normaliser(torch.tensor(len(labels), device=logits.device))
         return {
             "loss_classifier": self.classification_loss(logits, labels) / count,
-            "loss_box": self.box_loss(deltas[positive, self._column(labels[positive])], wanted) / count,
+            "loss_box": self.box_loss(*compared(self.box_loss, self.coder, chosen, truth, regions)) / count,
         }
 
     def detect(self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Tensor) -> list[Detections]:

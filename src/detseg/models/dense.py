@@ -19,7 +19,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import BoxLoss, Coder, compared
 from detseg.losses.distribution import DistributionFocalLoss
+from detseg.losses.grid_box import GridBoxLoss
 from detseg.losses.normalise import normaliser
 from detseg.losses.quality import ClassificationLoss
 from detseg.nn.backbone import Backbone
@@ -29,6 +31,7 @@ from detseg.structures import Detections, Target
 from detseg.targets.crowds import inside_crowd, learnable
 from detseg.targets.lattice import Lattice, References, build_lattice
 from detseg.targets.matchers import BETWEEN
+from detseg.targets.priors import GridCoder
 from detseg.targets.sparse import paired_iou
 from detseg.targets.task_aligned import PredictionAssigner, Predictions
 
@@ -47,32 +50,6 @@ class Assigner(Protocol):
 
 
 AnyAssigner = Assigner | PredictionAssigner
-
-
-class Coder(Protocol):
-    """Turns boxes into what the head predicts about a reference, and back."""
-
-    def encode(self, boxes: Tensor, anchors: Tensor, /) -> Tensor:
-        """Return ``(N, 4)`` for boxes and references ``(N, 4)`` each."""
-        ...
-
-    def decode(self, deltas: Tensor, anchors: Tensor, /) -> Tensor:
-        """Return boxes ``(N, 4)``."""
-        ...
-
-
-class BoxLoss(Protocol):
-    """A loss of pairs ``(P, 4)``, summed over them with a weight each.
-
-    Attributes:
-        of_boxes: whether the pairs are boxes in pixels; else they are what the coder makes of them.
-    """
-
-    of_boxes: ClassVar[bool]
-
-    def __call__(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return a scalar; ``weights`` is ``(P,)``."""
-        ...
 
 
 @dataclass
@@ -159,7 +136,7 @@ class DenseDetector(nn.Module):
             those that are missing.
 
     Raises:
-        ValueError: ``loss_weights`` has a term that the model has not.
+        ValueError: ``loss_weights`` has a term that the model has not, or ``box_loss`` is of another coder's numbers.
     """
 
     backbone: Backbone
@@ -185,6 +162,11 @@ class DenseDetector(nn.Module):
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(box_loss, GridBoxLoss) and not isinstance(coder, GridCoder):
+            raise ValueError(
+                f"{type(self).__name__}: GridBoxLoss compares offsets behind a sigmoid, as YOLOv2 and YOLOv3 predict "
+                "them; take SmoothL1, or a loss of boxes such as GIoULoss"
+            )
         self.loss_weights = _check_weights(loss_weights, self.term_names)
         self.num_classes = num_classes
         self.normalize = Normalize(backbone.mean, backbone.std)
@@ -231,14 +213,11 @@ class DenseDetector(nn.Module):
     def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
         """Return ``loss_box`` of the positive references and, where they are distributions, ``loss_distribution``."""
         raw = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4 * n)
-        codes, references = self.codes(raw), assignment.references  # (P, 4) each
-        wanted = self.coder.encode(assignment.boxes, references)  # (P, 4)
-        if self.box_loss.of_boxes:
-            boxes = self.coder.decode(codes, references)  # (P, 4)
-            terms = {"loss_box": self.box_loss(boxes, assignment.boxes, assignment.weights)}
-        else:
-            terms = {"loss_box": self.box_loss(codes, wanted, assignment.weights)}
+        boxes, references = assignment.boxes, assignment.references  # (P, 4) each
+        pairs = compared(self.box_loss, self.coder, self.codes(raw), boxes, references)  # (P, 4) each
+        terms = {"loss_box": self.box_loss(*pairs, assignment.weights)}
         if self.distribution_loss is not None:
+            wanted = self.coder.encode(boxes, references)  # (P, 4)
             terms["loss_distribution"] = self.distribution_loss(raw, wanted, assignment.weights)
         return terms
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detseg.losses.box_loss import BoxLoss, Coder
 from detseg.losses.distribution import DistributionFocalLoss
 from detseg.losses.focal import FocalLoss
 from detseg.losses.iou import GIoULoss
 from detseg.losses.quality import ClassificationLoss
-from detseg.models.dense import AnyAssigner, Assignment, BoxLoss, Coder, DenseDetector, DenseOutputs, flat_boxes
+from detseg.models.dense import AnyAssigner, Assignment, DenseDetector, DenseOutputs, flat_boxes
 from detseg.models.dense_heads import conv_tower, flatten_level, initialise_head, one_width
 from detseg.models.torchvision_weights import ClassLayer, load_torchvision
 from detseg.nn.backbone import Backbone

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import compared
 from detseg.targets.samplers import HardSampler
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def region_losses(branch: BoxBranch, logits: Tensor, deltas: Tensor, samples: Re
         samples: the regions.
     """
     labels = torch.cat(samples.labels)  # (R,)
-    wanted = branch.coder.encode(torch.cat(samples.truth), torch.cat(samples.boxes))  # (R, 4)
     column = torch.zeros_like(labels) if deltas.shape[1] == 1 else labels  # (R,)
     chosen = deltas[torch.arange(len(labels), device=labels.device), column]  # (R, 4)
-    of_box = one_by_one(branch.box_loss, chosen, wanted)  # (R,)
+    pairs = compared(branch.box_loss, branch.coder, chosen, torch.cat(samples.truth), torch.cat(samples.boxes))
+    of_box = one_by_one(branch.box_loss, *pairs)  # (R,)
     return one_by_one(branch.classification_loss, logits, labels) + of_box.where(labels > 0, 0.0)  # (R,)
 
 

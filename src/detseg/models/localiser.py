@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detseg.losses.box_loss import BoxLoss, is_of_boxes
 from detseg.losses.normalise import normaliser
 from detseg.losses.squared import SquaredError
 from detseg.models.box_branch import RegionHead, TwoLayerHead
-from detseg.models.dense import BoxLoss
 from detseg.nn.backbone import Backbone
 from detseg.nn.normalize import Normalize
 from detseg.ops.boxes import box_iou, clip_boxes
@@ -59,6 +59,9 @@ class Localiser(nn.Module):
         box_loss: of the four numbers, summed over images; default squared differences; ``SmoothL1`` is gentler.
         box_weight: factor of the box loss beside the classification's.
         score_threshold: detections must score higher, in [0, 1).
+
+    Raises:
+        ValueError: ``box_loss`` is one of boxes, such as IoU's.
     """
 
     def __init__(
@@ -81,6 +84,11 @@ class Localiser(nn.Module):
         self.classifier = nn.Linear(self.head.out_features, num_classes + 1)
         self.localiser = nn.Linear(self.head.out_features, 4)
         self.box_loss = box_loss or SquaredError()
+        if is_of_boxes(self.box_loss):
+            raise ValueError(
+                f"Localiser: {type(self.box_loss).__name__} compares boxes, and what is learnt here are four shares of "
+                "the image (centre and sides); take detseg.losses.SquaredError or SmoothL1"
+            )
         self.box_weight = box_weight
         self.score_threshold = score_threshold
 

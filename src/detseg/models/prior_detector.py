@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detseg.losses.grid_box import PositiveLoss
+from detseg.losses.box_loss import BoxLoss
+from detseg.losses.grid_box import GridBoxLoss, PositiveLoss
 from detseg.models.dense import (
     Assignment,
-    BoxLoss,
     DenseDetector,
     DenseOutputs,
     best_per_group,
@@ -77,13 +77,16 @@ class PriorDetector(DenseDetector):
         assigner: of objects to priors.
         coder: of boxes.
         classification_loss: of the positive priors.
-        box_loss: of their t and of the offsets wanted.
+        box_loss: of their t and of the offsets wanted, or of boxes.
         box_weight: factor of the box loss.
         class_weight: factor of the classification loss.
         nms: of the detections of one image.
         score_threshold: detections must score higher, in [0, 1).
         top_k: how many candidates per level go to NMS.
         max_detections: how many detections per image stay.
+
+    Raises:
+        ValueError: ``box_loss`` is neither ``GridBoxLoss`` nor one of boxes.
     """
 
     coder: GridCoder  # type: ignore[assignment]  # asks for the stride too: what calls it is overridden here
@@ -107,6 +110,11 @@ class PriorDetector(DenseDetector):
         top_k: int,
         max_detections: int,
     ) -> None:
+        if not (box_loss.of_boxes or isinstance(box_loss, GridBoxLoss)):
+            raise ValueError(
+                f"{type(self).__name__}: {type(box_loss).__name__} does not know that offsets lie behind a sigmoid; "
+                "take GridBoxLoss, or a loss of boxes such as GIoULoss"
+            )
         head = PriorHead(
             channels=backbone.channels,
             anchors=check_levels(anchors, backbone, anchors.num_anchors()),
@@ -156,7 +164,11 @@ class PriorDetector(DenseDetector):
         """Return ``loss_box`` of the positive priors."""
         numbers = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4)
         stride = prior_strides(outputs.lattice)[assignment.rows % assignment.matched.shape[1]]  # (P, 2)
-        wanted = self.coder.offsets(assignment.boxes, assignment.references, stride)  # (P, 4)
+        if self.box_loss.of_boxes:
+            numbers = self.coder.decode(numbers, assignment.references, stride)  # (P, 4)
+            wanted = assignment.boxes  # (P, 4)
+        else:
+            wanted = self.coder.offsets(assignment.boxes, assignment.references, stride)  # (P, 4)
         return {"loss_box": self.box_weight * self.box_loss(numbers, wanted, assignment.weights)}
 
     def decode(self, regression: Tensor, reference: Tensor, lattice: Lattice) -> Tensor:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import BoxLoss, Coder
 from detseg.losses.distribution import DistributionFocalLoss
 from detseg.losses.focal import FocalLoss, negative_share
 from detseg.losses.quality import ClassificationLoss
 from detseg.losses.smooth_l1 import SmoothL1
-from detseg.models.dense import AnyAssigner, BoxLoss, Coder, DenseDetector, DenseOutputs
+from detseg.models.dense import AnyAssigner, DenseDetector, DenseOutputs
 from detseg.models.dense_heads import check_levels, conv_tower, flatten_level, initialise_head, one_width
 from detseg.models.torchvision_weights import ClassLayer, load_torchvision
 from detseg.nn.backbone import Backbone

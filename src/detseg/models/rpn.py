@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import compared
 from detseg.losses.normalise import normaliser
 from detseg.losses.smooth_l1 import SmoothL1
 from detseg.ops.boxes import clip_boxes, large_enough
@@ -57,12 +58,12 @@ class AnchorSamples:
     Attributes:
         positive: ``(P,)`` int64, anchors of an object.
         background: ``(Q,)`` int64.
-        deltas: ``(P, 4)``, what the positive ones shall regress.
+        boxes: ``(P, 4)`` xyxy pixels, the objects of the positive ones.
     """
 
     positive: Tensor
     background: Tensor
-    deltas: Tensor
+    boxes: Tensor
 
 
 class RPNHead(nn.Module):
@@ -114,7 +115,7 @@ class RegionProposalNetwork(nn.Module):
         sampler: anchors per image in the loss; default 256, at most half of them positive.
         nms: among the proposals of one level; default threshold 0.7.
         objectness_loss: summed loss of (logits, 0 or 1), both ``(n,)``.
-        box_loss: summed loss of (deltas, wanted deltas), both ``(n, 4)``.
+        box_loss: summed loss of (deltas, wanted deltas), both ``(n, 4)``, or of boxes likewise.
         pre_nms_train: proposals per level that go into NMS when targets are given.
         pre_nms_test: likewise when none are.
         post_nms_train: proposals per image that come out of NMS when targets are given.
@@ -231,8 +232,7 @@ class RegionProposalNetwork(nn.Module):
         positive = torch.cat([rows + image * lattice.total for image, (rows, _) in enumerate(drawn)])  # (P,)
         background = torch.cat([rows + image * lattice.total for image, (_, rows) in enumerate(drawn)])  # (Q,)
         truth = torch.cat(objects).to(lattice.boxes)[matches.flatten()[positive]]  # (P, 4)
-        deltas = self.coder.encode(truth, lattice.boxes[positive % lattice.total])  # (P, 4)
-        return AnchorSamples(positive=positive, background=background, deltas=deltas)
+        return AnchorSamples(positive=positive, background=background, boxes=truth)
 
     def _match(self, lattice: Lattice, objects: list[Tensor], targets: Sequence[Target]) -> Tensor:
         """Return ``(B, N)``: the object of each anchor counted through the batch, -1 background, -2 ignored."""
@@ -260,7 +260,9 @@ class RegionProposalNetwork(nn.Module):
         wanted = torch.zeros_like(logits)  # (P + Q,)
         wanted[: len(samples.positive)] = 1.0
         deltas = outputs.deltas.flatten(0, 1)[samples.positive]  # (P, 4)
+        anchors = outputs.lattice.boxes[samples.positive % outputs.lattice.total]  # (P, 4)
+        pairs = compared(self.box_loss, self.coder, deltas, samples.boxes, anchors)  # (P, 4) each
         return {
             "loss_objectness": self.objectness_loss(logits, wanted) / count,
-            "loss_rpn_box": self.box_loss(deltas, samples.deltas) / count,
+            "loss_rpn_box": self.box_loss(*pairs) / count,
         }

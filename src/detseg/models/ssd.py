@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import BoxLoss, Coder
 from detseg.losses.smooth_l1 import SmoothL1
 from detseg.losses.softmax import SoftmaxLoss
 from detseg.models.dense import (
     Assigner,
     Assignment,
-    BoxLoss,
-    Coder,
     DenseDetector,
     DenseOutputs,
     best_per_group,
@@ -239,10 +238,8 @@ class SSD(DenseDetector):
         return losses  # (B, N)
 
     def box_terms(self, outputs: DenseOutputs, assignment: Assignment) -> dict[str, Tensor]:
-        """Return ``loss_box``: of the deltas of the positives (equation 2)."""
-        deltas = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4)
-        wanted = self.coder.encode(assignment.boxes, assignment.references)  # (P, 4)
-        return {"loss_box": self.box_weight * self.box_loss(deltas, wanted, assignment.weights)}
+        """Return ``loss_box`` of the positives (equation 2)."""
+        return {name: self.box_weight * term for name, term in super().box_terms(outputs, assignment).items()}
 
     def candidates(self, outputs: DenseOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return image, default box, label and score ``(C,)`` of the ``top_k`` best above the threshold of every class.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from detseg.models.dense import Assigner, BoxLoss, Coder
+from detseg.losses.box_loss import BoxLoss, Coder
+from detseg.models.dense import Assigner
 from detseg.models.ssd import SSD, Published
 from detseg.nn.backbone import Backbone
 from detseg.nn.mobile import conv_norm, draw_normal

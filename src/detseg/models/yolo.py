@@ -22,10 +22,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from detseg.losses.box_loss import BoxLoss, Coder
 from detseg.losses.distribution import DistributionFocalLoss
 from detseg.losses.iou import CIoULoss
 from detseg.losses.quality import BCELoss, ClassificationLoss
-from detseg.models.dense import AnyAssigner, BoxLoss, Coder, DenseDetector, DenseOutputs
+from detseg.models.dense import AnyAssigner, DenseDetector, DenseOutputs
 from detseg.models.dense_heads import PRIOR, flatten_level
 from detseg.nn.backbone import Backbone
 from detseg.nn.csp import convolution

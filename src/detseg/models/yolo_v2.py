@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from detseg.losses.box_loss import BoxLoss
 from detseg.losses.grid_box import ClassSoftmaxLoss, GridBoxLoss, PositiveLoss
-from detseg.models.dense import Assignment, BoxLoss, DenseOutputs, flat_boxes
+from detseg.models.dense import Assignment, DenseOutputs, flat_boxes
 from detseg.models.prior_detector import PriorDetector
 from detseg.nn.backbone import Backbone
 from detseg.ops.nms import BatchedNMS, Suppression

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detseg.losses.box_loss import BoxLoss
 from detseg.losses.grid_box import GridBoxLoss, LogisticLoss, PositiveLoss
-from detseg.models.dense import Assignment, BoxLoss, DenseOutputs
+from detseg.models.dense import Assignment, DenseOutputs
 from detseg.models.dense_heads import PRIOR
 from detseg.models.prior_detector import PriorDetector
 from detseg.nn.backbone import Backbone
