@@ -51,6 +51,22 @@ def test_poolings_beyond_the_output_stride_give_way_to_dilation(stride, dilation
     assert [level.shape[1] for level in found] == body.channels
 
 
+@pytest.mark.parametrize(
+    ("strides", "output_stride", "channels"),
+    [
+        ((2, 4), None, [4, 6]),
+        ((4,), None, [6]),
+        ((4, 8), None, [6, 5]),
+        (None, None, [4, 6, 5]),
+        ((2,), 4, [4]),
+        ((2, 4), 4, [4, 5]),
+    ],
+)
+def test_fully_connected_layers_are_those_of_the_last_map_alone(strides, output_stride, channels):
+    body = small(strides=strides, output_stride=output_stride, fully_connected=5, kernel=3)
+    assert body.channels == [level.shape[1] for level in body(torch.rand(1, 3, 32, 32))] == channels
+
+
 def test_a_dilated_body_sees_what_the_strided_one_sees():
     strided, dilated = small().eval(), small(output_stride=4).eval()
     dilated.load_state_dict(strided.state_dict())
@@ -90,5 +106,7 @@ def test_errors():
         small(output_stride=16)
     with pytest.raises(ValueError, match=r"up to 4, not \[8\]"):
         small(output_stride=4, strides=(8,))
+    with pytest.raises(ValueError, match=r"up to 8, not \[\]"):
+        small(strides=())
     with pytest.raises(ValueError, match="need one number per stage"):
         VGGEncoder(widths=(4,), convolutions=(1, 1))

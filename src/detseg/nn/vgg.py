@@ -72,7 +72,7 @@ class VGGEncoder(PoolingEncoder):
         convolutions: of each stage.
         norm: batch norm after each, as in torchvision's ``vgg16_bn``.
         strides: of the maps wanted, ascending; ``None`` means all.
-        fully_connected: width of fc6 and fc7 as convolutions on the last map; 0 leaves them out.
+        fully_connected: width of fc6 and fc7 as convolutions on the last map there is; 0 leaves them out.
         kernel: side of fc6.
         dropout: probability, after fc6 and fc7.
         output_stride: of the last map; poolings beyond it are left out, and later layers dilated. ``None`` leaves none
@@ -81,7 +81,8 @@ class VGGEncoder(PoolingEncoder):
             state dict, or ``None``. fc6 and fc7 start from its classifier where they have its shape.
 
     Raises:
-        ValueError: stages and counts differ in number, a stride is not there, or the output stride is none of theirs.
+        ValueError: stages and counts differ in number, a stride is not there or none is wanted, or the output
+            stride is none of theirs.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class VGGEncoder(PoolingEncoder):
                 f"VGGEncoder: widths {list(widths)} and convolutions {list(convolutions)} need one number per stage, "
                 f"output_stride {output_stride} must be one of {all_strides}, kernel {kernel} odd"
             )
-        if absent := [stride for stride in wanted if stride > self.output_stride or stride not in all_strides]:
+        absent = [stride for stride in wanted if stride > self.output_stride or stride not in all_strides]
+        if absent or not wanted:
             raise ValueError(f"VGGEncoder has maps of strides {all_strides} up to {self.output_stride}, not {absent}")
         layout = [step for width, count in zip(widths, convolutions, strict=True) for step in [*[width] * count, "M"]]
         self.features = make_layers(layout, batch_norm=norm)
@@ -119,10 +121,8 @@ class VGGEncoder(PoolingEncoder):
         )
         self.strides = wanted
         self.channels = [widths[all_strides.index(stride)] for stride in wanted]
-        if self.output_stride < all_strides[-1] and wanted[-1] == self.output_stride:
-            self.channels[-1] = widths[-1]
-        if fully_connected:
-            self.channels[-1] = fully_connected
+        if wanted[-1] == self.output_stride:  # the last map there is, of the last stage and of fc7
+            self.channels[-1] = fully_connected or widths[-1]
         if weights is not None:
             layers = {"fc.0": "classifier.0", "fc.3": "classifier.3"}
             self.load_published("vgg16_bn" if norm else "vgg16", weights, layers)
