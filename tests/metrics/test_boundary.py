@@ -47,33 +47,40 @@ def test_a_row_by_hand() -> None:
 
 
 def slow(pairs: list[tuple[Tensor, Tensor]], classes: int, width: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Class by class on masks, with OpenCV's erosion as in the released code, and distances pixel by pixel."""
+    """Class by class on masks, with OpenCV's erosion as in the released code, and distances pixel by pixel.
+
+    A pixel that does not count is in no mask, and erodes none.
+    """
     iou, fair = [], []
     for label in range(classes):
-        overlap = joined = 0
+        overlap = joined = band = 0
         hits, sums = [0, 0], [0, 0]
         for guess, truth in pairs:
-            masks = [(labels == label).numpy().astype(np.uint8) for labels in (guess, truth)]
+            ignored = (truth == 255).numpy().astype(np.uint8)
+            masks = [(labels == label).numpy().astype(np.uint8) * (1 - ignored) for labels in (guess, truth)]
             diagonal = math.hypot(*truth.shape)
             kernel = np.ones((3, 3), np.uint8)
-            inner = [cv2.erode(mask, kernel, iterations=max(1, round(width * diagonal))) for mask in masks]
-            bands = [(mask - eroded).astype(bool) for mask, eroded in zip(masks, inner, strict=True)]
+            steps = max(1, round(width * diagonal))
+            inner = [cv2.erode(mask | ignored, kernel, iterations=steps) for mask in masks]
+            bands = [(mask & (1 - eroded)).astype(bool) for mask, eroded in zip(masks, inner, strict=True)]
+            band += int(bands[1].sum())
             overlap += int((bands[0] & bands[1]).sum())
             joined += int((bands[0] | bands[1]).sum())
-            lines = [np.argwhere(mask - cv2.erode(mask, kernel)) for mask in masks]
+            lines = [np.argwhere(mask & (1 - cv2.erode(mask | ignored, kernel))) for mask in masks]
             for side, (own, other) in enumerate((lines, lines[::-1])):
                 sums[side] += len(own)
                 if len(other):
                     gaps = np.sqrt(((own[:, None] - other[None]) ** 2).sum(-1)).min(1)
                     hits[side] += int((gaps <= max(1.0, tolerance * diagonal)).sum())
-        iou.append(overlap / joined if sums[1] else math.nan)
+        iou.append(overlap / joined if band else math.nan)
         precision, recall = (hit / max(1, number) for hit, number in zip(hits, sums, strict=True))
         fair.append(2 * precision * recall / max(precision + recall, 1e-300) if sums[1] else math.nan)
     return torch.tensor(iou, dtype=torch.float64), torch.tensor(fair, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_a_slow_twin(seed: int) -> None:
+def test_equals_a_slow_twin(seed: int, ignored: bool) -> None:
     generator = np.random.default_rng(seed)
     pairs = []
     for _ in range(3):
@@ -84,10 +91,12 @@ def test_equals_a_slow_twin(seed: int) -> None:
             rough = base + noise * generator.random(base.shape).astype(np.float32)
             maps.append(np.stack([cv2.resize(plane, (width, height)) for plane in rough]).argmax(0))
         pairs.append((torch.from_numpy(maps[1]).long(), torch.from_numpy(maps[0]).long()))
+        if ignored:
+            pairs[-1][1][torch.from_numpy(cv2.resize(base[0], (width, height)) > 0.6)] = 255
     found = quality(pairs, 6, width=0.04, tolerance=0.03)  # the sixth class is nowhere
     iou, fair = slow(pairs, 6, 0.04, 0.03)
-    assert_close(found["boundary_iou_per_class"], iou, equal_nan=True)
-    assert_close(found["boundary_f_per_class"], fair, equal_nan=True)
+    assert_close(found["boundary_iou_per_class"], iou, rtol=0, atol=0, equal_nan=True)
+    assert_close(found["boundary_f_per_class"], fair, rtol=0, atol=0, equal_nan=True)
     assert_close(found["boundary_iou"], iou.nanmean())
     assert 0 < float(found["boundary_iou"]) < 1 and math.isnan(float(found["boundary_f_per_class"][5]))
 
@@ -104,18 +113,37 @@ def test_finer_borders_score_more_where_the_mean_iou_hardly_tells() -> None:
         assert perfect == 1 and perfect >= close > poor
 
 
-def test_pixels_that_do_not_count() -> None:
-    """What is predicted on them changes nothing."""
+def test_what_is_predicted_on_pixels_that_do_not_count_changes_nothing() -> None:
     truth = torch.zeros(20, 20).long()
     truth[:, 10:] = 1
+    guess = truth.clone()
+    guess[12:, 10:13] = 0  # so that every figure is between 0 and 1
     truth[5:9, 8:13] = 255
-    guess = truth.where(truth != 255, 0)
-    other = truth.where(truth != 255, 1)
-    assert quality([(guess, truth)], 2)["boundary_iou"] > 0.7
+    found = [quality([(guess.where(truth != 255, other), truth)], 3) for other in (0, 1, 2)]
+    assert 0 < float(found[0]["boundary_iou"]) < 1 and 0 < float(found[0]["boundary_f"]) < 1
+    for name in ("boundary_iou_per_class", "boundary_f_per_class"):
+        for other in found[1:]:
+            assert_close(other[name], found[0][name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_map_without_a_pixel_that_counts_has_no_figures() -> None:
     alone = quality([(torch.zeros(4, 4).long(), torch.full((4, 4), 255))], 2)
     assert math.isnan(float(alone["boundary_iou"])) and math.isnan(float(alone["boundary_f"]))
-    assert int(BoundaryQuality(class_names=["a"]).overlap.sum()) == 0
-    assert float(quality([(other, truth)], 2)["boundary_f"]) > 0.7
+
+
+def test_a_band_reaches_across_the_ignored_frame_of_an_object() -> None:
+    """VOC frames its objects by some 5 pixels that do not count: the classes never touch, but lie within the band."""
+    truth = torch.zeros(60, 80).long()  # a diagonal of 100 pixels
+    truth[18:42, 18:62] = 255
+    truth[22:38, 22:58] = 1
+    perfect = truth.where(truth != 255, 1)
+    wide = quality([(perfect, truth)], 2, width=0.05)
+    assert_close(wide["boundary_iou_per_class"], torch.ones(2, dtype=torch.float64))
+    worse = perfect.clone()
+    worse[22:30, 22:58] = 0
+    assert 0 < float(quality([(worse, truth)], 2, width=0.05)["boundary_iou_per_class"][1]) < 0.9
+    narrow = quality([(perfect, truth)], 2, width=0.04)  # 4 pixels, which end within the frame
+    assert narrow["boundary_iou_per_class"].isnan().all()
 
 
 def test_bad_input_names_the_image() -> None:

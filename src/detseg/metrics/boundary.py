@@ -5,8 +5,9 @@ truth and prediction that lie within a distance d of their contours. Boundary F:
 is a Good Evaluation Measure for Semantic Segmentation?" (doi 10.5244/C.27.32), section 3: precision and recall of
 contour pixels, each right where the other map has a contour of the class no farther than a tolerance. Differs: both are
 counted over the whole split, as the mean IoU is, not per image; distances of boundary IoU are Chebyshev's, as in its
-released code, those of F Euclidean; the image's own edge is no border. Neither is a pixel that does not count, so that
-a data set whose objects are framed by such pixels has no contours for F.
+released code, those of F Euclidean; the image's own edge is no border. Neither is a pixel that does not count, whatever
+is predicted there, so that a data set whose objects are framed by such pixels has no contours for F; the bands of
+boundary IoU reach across a frame that is narrower than d.
 
 Letters: K classes, H x W pixels.
 """
@@ -31,7 +32,8 @@ class BoundaryQuality(DictMetric):
     """Boundary IoU and boundary F over an epoch; the same on any number of processes.
 
     ``compute`` gives float64 scalars ``boundary_iou`` and ``boundary_f``, the means over classes, and ``(K,)`` tensors
-    ``boundary_iou_per_class`` and ``boundary_f_per_class``. NaN for a class whose truth has no border.
+    ``boundary_iou_per_class`` and ``boundary_f_per_class``. NaN for a class whose truth has no pixel within the
+    distance of another class, or no contour for F.
 
     Args:
         class_names: names by label; their number is K.
@@ -44,6 +46,7 @@ class BoundaryQuality(DictMetric):
 
     overlap: Tensor
     joined: Tensor
+    wanted: Tensor
     hits: Tensor
     contours: Tensor
 
@@ -56,7 +59,7 @@ class BoundaryQuality(DictMetric):
             )
         self.class_names, self.width, self.tolerance = list(class_names), width, tolerance
         count = len(self.class_names)
-        for name in ("overlap", "joined"):
+        for name in ("overlap", "joined", "wanted"):  # of the bands; wanted: the truth's
             self.add_state(name, torch.zeros(count, dtype=torch.int64), dist_reduce_fx="sum")
         for name in ("hits", "contours"):  # rows: of the prediction, of the truth
             self.add_state(name, torch.zeros(2, count, dtype=torch.int64), dist_reduce_fx="sum")
@@ -80,12 +83,13 @@ class BoundaryQuality(DictMetric):
             except ValueError as error:
                 raise ValueError(f"{where(target)}: {error}") from None
             if truth.numel():
-                self._count_bands(guess, truth, counted)
-                self._count_contours(guess, truth, counted)
+                guess = guess.where(counted, IGNORE_INDEX)  # or what is predicted there would make borders beside it
+                self._count_bands(guess, truth)
+                self._count_contours(guess, truth)
 
     def compute(self) -> Figures:
         """Return the figures named in the class's docstring."""
-        iou = torch.where(self.contours[1] > 0, self.overlap.double() / self.joined, math.nan)  # (K,)
+        iou = torch.where(self.wanted > 0, self.overlap.double() / self.joined, math.nan)  # (K,)
         precision, recall = (self.hits.double() / self.contours.clamp(min=1)).unbind(0)  # (K,) each
         fair = 2 * precision * recall / (precision + recall).clamp(min=1e-300)  # (K,)
         fair = torch.where(self.contours[1] > 0, fair, math.nan)
@@ -98,17 +102,18 @@ class BoundaryQuality(DictMetric):
             }
         )
 
-    def _count_bands(self, guess: Tensor, truth: Tensor, counted: Tensor) -> None:
+    def _count_bands(self, guess: Tensor, truth: Tensor) -> None:
         distance = max(1, round(self.width * math.hypot(*truth.shape)))
-        bands = [borders(labels, distance) & counted for labels in (guess, truth)]  # (H, W) bool each
+        bands = [borders(labels, distance) for labels in (guess, truth)]  # (H, W) bool each
         both = bands[0] & bands[1] & (guess == truth)
         sizes = [self._by_class(labels, band) for labels, band in zip((guess, truth), bands, strict=True)]  # (K,) each
         shared = self._by_class(truth, both)  # (K,)
         self.overlap += shared.to(self.device)
         self.joined += (sizes[0] + sizes[1] - shared).to(self.device)
+        self.wanted += sizes[1].to(self.device)
 
-    def _count_contours(self, guess: Tensor, truth: Tensor, counted: Tensor) -> None:
-        edges = [borders(labels, 1) & counted for labels in (guess, truth)]  # (H, W) bool each
+    def _count_contours(self, guess: Tensor, truth: Tensor) -> None:
+        edges = [borders(labels, 1) for labels in (guess, truth)]  # (H, W) bool each
         reach = max(1.0, self.tolerance * math.hypot(*truth.shape))
         for label in range(len(self.class_names)):
             lines = [(edge & (labels == label)).numpy() for edge, labels in zip(edges, (guess, truth), strict=True)]
