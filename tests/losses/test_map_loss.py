@@ -73,6 +73,27 @@ def test_nothing_valid_is_zero(name, dtype):
     assert float(logits.grad.abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_costs_no_digits_beyond_those_of_the_logits(name, dtype):
+    loss = build(name)
+    labels = torch.randint(0, 3, (2, 24, 20))
+    labels[0, :4] = 255
+    logits = (3 * torch.randn(2, 4, 24, 20)).to(dtype).requires_grad_()
+    single = logits.detach().float().requires_grad_()
+    expected = loss(single, labels)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = loss(logits, labels)
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    for key, value in terms.items():
+        assert_close(value, expected[key])
+    scale = 65536  # what torch's GradScaler begins with
+    (scale * torch.stack(list(terms.values())).sum()).backward()
+    torch.stack(list(expected.values())).sum().backward()
+    digits = torch.finfo(dtype).eps  # of the gradient, which is as wide as the logits
+    assert_close(logits.grad.float() / scale, single.grad, rtol=digits, atol=1e-7)
+
+
 @pytest.mark.parametrize("loss", [DiceLoss(smooth=0.0), DiceLoss(smooth=0.0, squared=True)])
 def test_nothing_valid_is_zero_without_smoothing(loss):
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)

@@ -71,8 +71,8 @@ def lovasz_softmax(
     truth = F.one_hot(flat[valid], logits.shape[1]).T.to(probabilities.dtype)  # (K, V)
     errors = (truth - probabilities[:, valid]).abs()  # (K, V), m of equation 8
     present = truth.any(dim=1)  # (K,)
-    losses = [
-        errors[label] @ lovasz_gradient(errors[label], truth[label])
+    losses = [  # no inner product, which autocast would take in 16 bits
+        (errors[label] * lovasz_gradient(errors[label], truth[label])).sum()
         for label in chosen_classes(torch.arange(len(present), device=present.device)[:, None], classes)[:, 0].tolist()
         if bool(present[label])
     ]
