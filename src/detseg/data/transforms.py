@@ -45,7 +45,7 @@ class Recipe:
         hue: the hue is turned by up to this share of the full circle, 0 to 0.5.
         min_side: objects and proposals whose clipped box is narrower or lower than this many pixels are dropped.
         min_visible: objects of which less than this share of the box is left after the crop are dropped. Of a proposal
-            any part that is large enough stays.
+            and of a crowd any part that is large enough stays.
         fill: grey value of pixels outside the image.
         augment: what goes beyond one image and one window, or ``None``.
 
@@ -203,7 +203,8 @@ def _finish(target: Target, parts: dict[str, Any], min_side: float, min_visible:
     area = target.area * _box_areas(clipped) / _box_areas(target.boxes).clamp(min=1e-6)  # (N,) grows and is cut alike
     visible = _box_areas(clipped) / _box_areas(boxes).clamp(min=1e-6)  # (N,) in [0, 1]
     masks = parts["masks"].as_subclass(Tensor) if "masks" in parts else None  # (N, H, W)
-    kept = (sides >= min_side).all(dim=1) & (visible >= min_visible)
+    enough = (visible >= min_visible) | target.iscrowd  # a corner of a crowd may fill the crop, and is no background
+    kept = (sides >= min_side).all(dim=1) & enough
     if masks is not None and min_side > 0:  # evaluation keeps every object
         doubtful = (kept & ((visible < 0.999) | (sides < 8).any(dim=1))).nonzero()[:, 0]  # looking at all masks is slow
         kept[doubtful] = masks[doubtful].flatten(1).any(dim=1)

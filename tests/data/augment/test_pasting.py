@@ -44,6 +44,12 @@ def test_an_object_of_which_too_little_is_left_is_dropped() -> None:
     assert paste(below, above, min_visible=0.1, min_side=2)[1].labels.tolist() == [5]
 
 
+def test_a_crowd_stays_as_long_as_a_pixel_of_it_shows() -> None:
+    below, above = scene(0, (0, 0, 10, 10), first=1), scene(9, (0, 0, 10, 9), first=4)
+    target = paste(below, above, min_visible=0.9)[1]
+    assert target.labels.tolist() == [1, 4] and target.boxes[0].tolist() == [0, 9, 10, 10]
+
+
 def test_empty_images_on_either_side() -> None:
     full, empty = scene(1, (0, 0, 4, 4)), scene(2)
     assert paste(full, empty) is full

@@ -44,7 +44,7 @@ def paste(below: Scene, above: Scene, *, min_side: float = 1.0, min_visible: flo
         below: its id and file become the result's.
         above: only the pixels under its masks are used.
         min_side: objects below whose box becomes narrower or lower than this many pixels are dropped.
-        min_visible: objects below of which a smaller share is left are dropped.
+        min_visible: objects below of which a smaller share is left are dropped, but for crowds.
 
     Raises:
         ValueError: an image has no masks, or the lower one has a semantic or panoptic map.
@@ -78,7 +78,8 @@ def _hidden(target: Target, cover: Tensor, min_side: float, min_visible: float) 
     masks[rows], area[rows] = after, area[rows] * share
     sides = boxes[rows, 2:] - boxes[rows, :2]  # (R, 2)
     kept = torch.ones(len(target), dtype=torch.bool)
-    kept[rows] = left & (share >= min_visible) & (sides >= min_side).all(dim=1)
+    enough = (share >= min_visible) | target.iscrowd[rows]  # what is left of a crowd is no background
+    kept[rows] = left & enough & (sides >= min_side).all(dim=1)
     return replace(target, boxes=boxes, masks=masks, area=area)[kept]
 
 

@@ -185,7 +185,7 @@ class Augment:
         if _happens(self.iou_crop):
             frame, cut = iou_crop(frame, target.boxes[~target.iscrowd], self.iou_crop_overlaps)
         if cut:
-            target = target[centred(target.boxes, frame)]
+            target = target[centred(target.boxes, frame) | target.iscrowd]
         if canvas is None and self.heavy:  # scaled down it is filled up, or others would find no room on it
             canvas = geometry.canvas(frame.size, within=size)
         good = varied(target, recipe.cat_max_ratio, see=lambda window: through(window, frame, size))
