@@ -10,8 +10,11 @@ from detseg.ops.peaks import local_maxima, top_peaks
 def _loop(heat: torch.Tensor, kernel: int) -> torch.Tensor:
     found, half = torch.full_like(heat, -torch.inf), kernel // 2
     for b, k, y, x in torch.cartesian_prod(*(torch.arange(size) for size in heat.shape)).tolist():
-        around = heat[b, k, max(0, y - half) : y + half + 1, max(0, x - half) : x + half + 1]
-        if bool((around <= heat[b, k, y, x]).all()):
+        rows, cols = range(max(0, y - half), y + half + 1), range(max(0, x - half), x + half + 1)
+        around = [
+            (float(heat[b, k, v, u]), -v, -u) for v in rows for u in cols if v < heat.shape[2] and u < heat.shape[3]
+        ]
+        if max(around) == (float(heat[b, k, y, x]), -y, -x):
             found[b, k, y, x] = heat[b, k, y, x]
     return found
 
@@ -20,6 +23,16 @@ def _loop(heat: torch.Tensor, kernel: int) -> torch.Tensor:
 def test_peaks_equal_a_loop_over_cells(kernel: int) -> None:
     heat = torch.randint(-4, 5, (2, 2, 6, 7)).float()  # many equal neighbours
     assert_close(local_maxima(heat, kernel), _loop(heat, kernel), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("curvature", [0.3, 0.1, 0.03, 0.01])
+def test_a_broad_peak_is_found_once_in_sixteen_bits(curvature: float) -> None:
+    y, x = torch.meshgrid(torch.arange(25.0), torch.arange(25.0), indexing="ij")
+    for centre in torch.rand(20, 2) * 8 + 8:
+        heat = 1.7 - curvature * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2)
+        for kind in (torch.float32, torch.bfloat16, torch.float16):
+            found = local_maxima(heat[None, None].to(kind)) > 1.7 - curvature * 5
+            assert int(found.sum()) == 1
 
 
 def test_the_best_of_all_classes_by_hand() -> None:

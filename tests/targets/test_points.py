@@ -91,3 +91,5 @@ def test_coding_is_inverted_by_decoding_and_equals_torchvisions(normalize: bool)
 def test_centreness_by_hand() -> None:
     distances = torch.tensor([[2.0, 2, 2, 2], [1, 2, 4, 2], [1, 1, 4, 9]])
     assert_close(centreness(distances), torch.tensor([1.0, 0.5, 1 / 6]))
+    outside = torch.tensor([[-1.0, 2, 4, 2], [1, 3, 1, -2], [-3, -3, -1, -1], [0, 0, 0, 0]])
+    assert centreness(outside).tolist() == [0, 0, 0, 0]

@@ -35,7 +35,8 @@ class Peaks(NamedTuple):
 def local_maxima(heat: Tensor, kernel: int = 3) -> Tensor:
     """Return the heatmap with -inf wherever a cell of the same class in the window around it is larger.
 
-    Equal neighbours all stay.
+    Of equal neighbours the first stays, in reading order: in 16 bits the top of a broad peak is flat, and would be
+    found several times.
 
     Args:
         heat: ``(B, K, H, W)``, floating point.
@@ -45,8 +46,9 @@ def local_maxima(heat: Tensor, kernel: int = 3) -> Tensor:
         ValueError: ``kernel`` is even or not positive.
     """
     check_kernel("local_maxima", kernel)
-    around = F.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)  # (B, K, H, W)
-    return heat.masked_fill(around > heat, -torch.inf)
+    first = F.max_pool2d(heat, kernel, stride=1, padding=kernel // 2, return_indices=True)[1]  # (B, K, H, W)
+    own = torch.arange(first[0, 0].numel(), device=heat.device).view(first.shape[2:])  # (H, W)
+    return heat.masked_fill(first != own, -torch.inf)
 
 
 def top_peaks(heat: Tensor, count: int) -> Peaks:

@@ -89,10 +89,13 @@ def centreness(distances: Tensor) -> Tensor:
     """Return how central a point lies in its box, ``(N,)`` in [0, 1] (FCOS 2019, equation 3).
 
     Args:
-        distances: ``(N, 4)`` left, top, right, bottom, positive; their unit cancels.
+        distances: ``(N, 4)`` left, top, right, bottom; their unit cancels. A point outside its box, which assigners by
+            overlap may choose, has a negative one and centreness 0.
     """
+    distances = distances.clamp(min=0)  # (N, 4)
     across, down = distances[:, 0::2], distances[:, 1::2]  # (N, 2) each
-    return torch.sqrt(across.amin(1) / across.amax(1) * (down.amin(1) / down.amax(1)))
+    least = torch.finfo(distances.dtype).tiny
+    return torch.sqrt(across.amin(1) / across.amax(1).clamp(min=least) * (down.amin(1) / down.amax(1).clamp(min=least)))
 
 
 class PointAssigner:

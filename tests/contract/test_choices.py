@@ -1,4 +1,4 @@
-"""Every file of ``conf/box_loss`` in every small detector that compares boxes, from the command line."""
+"""Every file of ``conf/box_loss`` and ``conf/assigner`` in the small detectors that take them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def test_a_dense_detector_takes_every_box_loss_that_fits_and_refuses_the_others(
     boxes = model.decode(outputs.regression.flatten(0, 1)[found.rows].float(), reference, outputs.lattice)
     factor = getattr(model, "box_weight", 1.0) * model.loss_weights.get("box", 1.0)
     assert_close(terms["loss_box"], factor * model.box_loss(boxes, found.boxes, found.weights))
+
+
+@pytest.mark.parametrize("assigner", sorted(path.stem for path in (CONF / "assigner").glob("*.yaml")))
+@pytest.mark.parametrize("name", ["fcos_small", "retinanet_small", "yolo_small"])
+def test_every_assigner_gives_finite_losses_and_gradients(name: str, assigner: str) -> None:
+    """By overlap a point may learn an object that it lies outside of; one image has no object at all."""
+    model = build(f"model={name}", f"assigner@model.assigner={assigner}").train()
+    batch = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    terms = model.loss(model(batch), TARGETS)
+    assert all(bool(term.isfinite()) for term in terms.values()), terms
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(bool(value.grad.isfinite().all()) for value in model.parameters() if value.grad is not None)
 
 
 @pytest.mark.parametrize("loss", ["giou", "smooth_l1_one", "squared"])
