@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torchvision.ops import box_iou
 
 from detseg.targets.lattice import Lattice, build_lattice
-from detseg.targets.priors import GridCoder, PriorAssigner, PriorGrid, best_overlap, prior_strides
+from detseg.targets.priors import GridCoder, PriorAssigner, PriorGrid, covering, prior_strides
 
 SIZES = [[[6.0, 8], [12, 10]], [[30, 20], [24, 50]]]
 GRID = PriorGrid(sizes=SIZES)
@@ -128,14 +128,19 @@ def test_a_predicted_box_never_leaves_its_cell() -> None:
     assert bool((((boxes[:, :2] + boxes[:, 2:]) / 2 - cell).abs() <= prior_strides(own) / 2 + 1e-2).all())
 
 
-def test_best_overlap_equals_torchvisions_iou() -> None:
-    predicted = torch.stack([random_boxes(50, seed) for seed in range(3)])
-    objects, image = random_boxes(600, 9), torch.randint(0, 2, (600,)).sort().values
-    found = best_overlap(predicted, objects, image)
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.6, 0.9])
+def test_what_covers_an_object_is_what_torchvisions_iou_says(least: float) -> None:
+    own, generator = lattice(), torch.Generator().manual_seed(3)
+    numbers = torch.randn(3, own.total, 4, generator=generator) * torch.tensor([4.0, 4, 0.7, 0.7])
+    predicted = GridCoder().decode(numbers, own.boxes, prior_strides(own))
+    near = predicted[0, ::7] + torch.rand(35, 4, generator=generator) * 0.1
+    objects = torch.cat([near, random_boxes(300, 9), torch.tensor([[0.0, 0, 1e30, 2]])])
+    image = torch.cat([torch.zeros(35, dtype=torch.int64), torch.randint(0, 2, (301,), generator=generator)])
+    found = covering(predicted, objects, image, own, least)
     for one in range(2):
-        assert_close(found[one], box_iou(predicted[one], objects[image == one]).amax(dim=1))
-    assert float(found[2].abs().max()) == 0  # no objects
-    assert float(best_overlap(predicted, objects[:0], image[:0]).abs().max()) == 0
+        assert torch.equal(found[one], (box_iou(predicted[one], objects[image == one]) > least).any(dim=1))
+    assert bool(found.any()) and not bool(found[2].any())  # no objects
+    assert not bool(covering(predicted, objects[:0], image[:0], own, least).any())
 
 
 @pytest.mark.parametrize("sizes", [[[]], [[[3, 0]]], [[[3, 4, 5]]], [[[3, 4]], [[-1, 2]]]])

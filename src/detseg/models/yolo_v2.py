@@ -25,7 +25,7 @@ from detseg.ops.nms import BatchedNMS, Suppression
 from detseg.structures import Target
 from detseg.targets.crowds import learnable
 from detseg.targets.matchers import BETWEEN
-from detseg.targets.priors import GridCoder, PriorAssigner, PriorGrid, best_overlap, prior_strides
+from detseg.targets.priors import GridCoder, PriorAssigner, PriorGrid, covering, prior_strides
 from detseg.targets.sparse import paired_iou
 
 
@@ -106,7 +106,7 @@ class YOLOv2(PriorDetector):
         regression = outputs.regression.detach().float()  # (B, N, 4)
         boxes = self.coder.decode(regression, lattice.boxes, prior_strides(lattice))  # (B, N, 4)
         objects, image = flat_boxes([learnable(target) for target in targets], lattice)  # (G, 4), (G,)
-        covered = best_overlap(boxes, objects, image) > self.ignore  # (B, N)
+        covered = covering(boxes, objects, image, lattice, self.ignore)  # (B, N)
         silent = covered | (assignment.matched == BETWEEN)  # (B, N)
         weights = torch.full_like(boxes[..., 0], self.empty_weight).masked_fill(silent, 0.0).flatten()  # (B * N,)
         wanted = torch.zeros_like(weights)  # (B * N,)

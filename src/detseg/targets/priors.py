@@ -20,9 +20,9 @@ from torch import Tensor
 
 from detseg.ops.size_clusters import size_iou
 from detseg.targets.cells import centre_cells, keep_largest
-from detseg.targets.lattice import Lattice, Spacing
+from detseg.targets.lattice import Lattice, Spacing, expand_windows, within
 from detseg.targets.matchers import BETWEEN
-from detseg.targets.sparse import SparseIoUMatcher
+from detseg.targets.sparse import SparseIoUMatcher, paired_iou
 
 _EDGE = 1e-4  # of a cell: offsets nearer to its border are taken for this, whose logit is 9.2
 _MIN_SIDE = 1e-3  # pixels; a degenerate box must not give an infinite target
@@ -186,23 +186,37 @@ def prior_strides(lattice: Lattice) -> Tensor:
     return torch.repeat_interleave(stride, counts, dim=0)  # (N, 2)
 
 
-def best_overlap(boxes: Tensor, objects: Tensor, image: Tensor) -> Tensor:
-    """Return the IoU ``(B, N)`` of each predicted box with the object of its image that it covers best, else 0.
+def covering(boxes: Tensor, objects: Tensor, image: Tensor, lattice: Lattice, least: float) -> Tensor:
+    """Say which predicted boxes have an IoU above ``least`` with an object of their image, ``(B, N)`` bool.
+
+    A predicted centre lies in its cell. Where the IoU is t or more, the overlap along x has a share of t of either
+    width, so the centres differ by (1 - t) / t of the object's width at most: other cells are not looked at.
 
     Args:
-        boxes: ``(B, N, 4)`` xyxy pixels.
+        boxes: ``(B, N, 4)`` xyxy pixels, of ``GridCoder.decode``.
         objects: ``(G, 4)`` xyxy pixels, of all images.
         image: ``(G,)`` int64, the image of each object.
+        lattice: the priors of one image.
+        least: in [0, 1).
     """
-    best = boxes.new_zeros(boxes.shape[:2])  # (B, N)
+    found = torch.zeros(boxes.shape[0] * boxes.shape[1], dtype=torch.bool, device=boxes.device)  # (B * N,)
+    predicted, shapes = boxes.flatten(0, 1), lattice.shapes
+    stride = torch.stack([shapes.stride_x, shapes.stride_y], dim=1)  # (S, 2)
+    limit = torch.stack([shapes.cols, shapes.rows], dim=1)  # (S, 2)
     for part in torch.split(torch.arange(len(objects), device=boxes.device), 256):  # bounds the memory of pairs
-        own, wanted = boxes[image[part]], objects[part, None].to(boxes)  # (g, N, 4), (g, 1, 4)
-        sides = torch.minimum(own[..., 2:], wanted[..., 2:]) - torch.maximum(own[..., :2], wanted[..., :2])
-        inter = sides.clamp(min=0).prod(dim=2)  # (g, N)
-        areas = (own[..., 2:] - own[..., :2]).prod(dim=2) + (wanted[..., 2:] - wanted[..., :2]).prod(dim=2)  # (g, N)
-        iou = inter / (areas - inter).clamp(min=torch.finfo(boxes.dtype).tiny)  # (g, N)
-        best = best.scatter_reduce(0, image[part, None].expand_as(iou), iou, "amax")
-    return best
+        middle, side = _centre_side(objects[part, None])  # (g, 1, 2) each
+        reach = side * ((1 - least) / max(least, _EDGE)) + _EDGE * stride  # (g, S, 2)
+        low, high = ((middle - reach) / stride).floor(), ((middle + reach) / stride).floor()  # (g, S, 2) each
+        first, last = (edge.flatten(0, 1) for edge in within(low, high, limit))  # (g * S, 2) each
+        windows = expand_windows((first[:, 1], last[:, 1]), (first[:, 0], last[:, 0]))
+        owner, shape = windows.row_owner // len(stride), windows.row_owner % len(stride)  # (R,) each
+        own = part[owner]  # (R,)
+        start = image[own] * lattice.total + shapes.first[shape] + windows.row * (shapes.cols * shapes.step)[shape]
+        across = windows.col * shapes.step[windows.col_owner % len(stride)]  # (E,)
+        cell = start[windows.row_entry] + across[windows.col_entry]  # (C,)
+        iou = paired_iou(predicted[cell], objects[own[windows.row_entry]].to(predicted))  # (C,)
+        found[cell[iou > least]] = True
+    return found.view(boxes.shape[:2])
 
 
 def _centre_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
