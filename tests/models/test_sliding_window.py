@@ -47,6 +47,17 @@ def test_a_logit_is_that_of_the_patch_around_its_pixel():
         assert_close(slow(images)[:, :, 16:20, 20:24], grid[:, :, 4, 5, None, None].expand(1, 3, 4, 4))
 
 
+@pytest.mark.parametrize("step", [1, 4, 12])
+def test_logits_do_not_depend_on_the_padding_of_a_batch(step):
+    """Patches at the edge see the image's mirror picture, not the zeros around it."""
+    batch, sizes = torch.rand(3, 3, 32, 32), torch.tensor([[32, 32], [19, 26], [1, 5]])
+    for model in twins(step=step):
+        with torch.no_grad():
+            found = model(batch, sizes)  # (3, 3, 32, 32)
+            for own, image, (height, width) in zip(found, batch, sizes.tolist(), strict=True):
+                assert_close(own[:, :height, :width], model(image[None, :, :height, :width])[0])
+
+
 def test_both_ways_have_the_same_gradients():
     slow, fast = twins(step=2)
     images = torch.rand(1, 3, 9, 11)

@@ -77,6 +77,26 @@ def test_mirror_of_a_row():
     assert_close(mirror(images, (4, 3), (2, 6)), F.pad(images, (2, 6, 4, 3), mode="reflect"))
 
 
+def test_mirror_of_a_batch_continues_each_image_at_its_own_edges():
+    images = torch.arange(2 * 3 * 5.0).view(2, 1, 3, 5)
+    sizes = torch.tensor([[3, 5], [2, 1]])
+    found = mirror(images, (1, 2), (2, 1), sizes)
+    assert_close(found[:1], mirror(images[:1], (1, 2), (2, 1)))
+    assert_close(found[1:], mirror(images[1:, :, :2, :1], (1, 3), (2, 5)))  # to the same canvas
+    assert_close(mirror(images, (1, 2), (2, 1), torch.tensor([[3, 5]] * 2)), mirror(images, (1, 2), (2, 1)))
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_logits_do_not_depend_on_the_padding_of_a_batch(tile):
+    """What is continued by its mirror picture is the image, not the zeros around it."""
+    model = UNet(num_classes=3, width=2, depth=2, tile=tile).eval()
+    batch, sizes = torch.rand(3, 3, 64, 96), torch.tensor([[64, 96], [33, 50], [1, 61]])
+    with torch.no_grad():
+        found = model(batch, sizes)  # (3, 3, 64, 96)
+        for own, image, (height, width) in zip(found, batch, sizes.tolist(), strict=True):
+            assert_close(own[:, :height, :width], model(image[None, :, :height, :width])[0])
+
+
 @pytest.mark.parametrize(
     "options", [{"padding": True}, {"padding": True, "norm": True}, {"padding": False, "depth": 2}]
 )

@@ -4,7 +4,7 @@ Ciresan, Giusti, Gambardella & Schmidhuber 2012, "Deep Neural Networks Segment N
 Images" (NIPS).
 
 Built (table 1, network N4): four times a convolution and a 2x2 max pooling, a fully connected layer of 200, one per
-class, on patches of 95 pixels; the image is continued by its mirror picture. Two ways to the same logits: patch by
+class, on patches of 95 pixels; each image is continued by its mirror picture. Two ways to the same logits: patch by
 patch, as published, or ``dense``, the fully connected layers turned into convolutions that share all that neighbouring
 patches have in common (Long et al. 2015, arXiv:1411.4038, section 3.1). Where more pixels are wanted than the poolings
 leave, late poolings keep the size and what follows is dilated, which equals shifting and stitching (section 3.2).
@@ -93,18 +93,20 @@ class SlidingWindow(SemanticSegmenter):
     def forward(self, images: Tensor, sizes: Tensor | None = None, targets: list[Target] | None = None) -> Tensor:
         """Return logits ``(B, K, H, W)`` for every pixel of images of any size; ``targets`` are not read."""
         height, width = images.shape[-2:]
-        grid = self.grid(self.normalize(images, sizes))  # (B, K, n, m)
+        grid = self.grid(self.normalize(images, sizes), sizes)  # (B, K, n, m)
         larger = grid.repeat_interleave(self.step, dim=2).repeat_interleave(self.step, dim=3)
         return larger[:, :, :height, :width]  # (B, K, H, W)
 
-    def grid(self, images: Tensor) -> Tensor:
+    def grid(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Return logits ``(B, K, n, m)`` of every ``step``-th pixel, the first one ``step // 2`` from the border.
 
         Args:
             images: normalised, ``(B, 3, H, W)``.
+            sizes: ``(B, 2)``, the valid height and width of each image; ``None`` means all are whole.
         """
         rows, columns = (-(-length // self.step) for length in images.shape[-2:])
-        canvas = mirror(images, self._margins(images.shape[-2], rows), self._margins(images.shape[-1], columns))
+        below, beside = self._margins(images.shape[-2], rows), self._margins(images.shape[-1], columns)
+        canvas = mirror(images, below, beside, sizes)  # (B, 3, H + margins, W + margins)
         return self._dense(canvas, rows, columns) if self.dense else self._patches(canvas)
 
     def _margins(self, length: int, count: int) -> tuple[int, int]:

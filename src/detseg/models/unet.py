@@ -5,8 +5,8 @@ Ronneberger, Fischer & Brox 2015, "U-Net: Convolutional Networks for Biomedical 
 Built (figure 1): four times two 3x3 convolutions without padding and a 2x2 max pooling, widths 64 to 1024; back up by
 2x2 up-convolutions that halve the width, with the cropped map of the way down put beside; a 1x1 convolution at the
 end. Dropout at the end of the contracting path (section 3.1), Gaussian initial weights of deviation sqrt(2 / N)
-(section 3). The overlap-tile strategy (section 2, figure 2): the image is continued by its mirror picture, so that
-logits come for every input pixel; 572 pixels give 388 when it is not.
+(section 3). The overlap-tile strategy (section 2, figure 2): each image of a batch is continued by its own mirror
+picture, so that logits come for every input pixel; 572 pixels give 388 when it is not.
 
 Different: an image is one tile, however large, unless ``tile`` cuts it. Options that the paper has not: padded
 convolutions, batch norm, any width, depth, block and way to enlarge maps, and ``BackboneUNet``, whose contracting path
@@ -54,7 +54,7 @@ class UNet(SemanticSegmenter):
         upsample: makes the layer that doubles a map from its channels, width and factor.
         tile: side of the tiles of logits that are computed one after the other, 388 in the paper; ``None`` computes
             the whole image at once. The logits are the same, but for dropout and batch norm in training, which see
-            one tile; the memory is that of one tile.
+            one tile. In prediction the maps of one tile are in memory; in training gradients need those of all.
         loss: gives the named terms; ``None`` means plain cross entropy.
         separation: w0 of the weight map (10 in the paper), 0 for none; needs instance masks.
         regions: without instance masks, the connected regions of each class but 0 are the objects.
@@ -105,7 +105,8 @@ class UNet(SemanticSegmenter):
         height, width = images.shape[-2:]
         images = self.normalize(images, sizes)  # (B, 3, H, W)
         rows, columns = self.context(height), self.context(width)
-        continued = mirror(images, rows, columns)  # (B, 3, H + margins, W + margins)
+        # With padded convolutions the batch's padding stays zero, as in every other model
+        continued = mirror(images, rows, columns, None if self.padding else sizes)  # (B, 3, H + margins, W + margins)
         logits = self.network(continued) if self.tile is None else self.tiled(continued)  # (B, K, H + more, W + more)
         return logits[:, :, :height, :width]
 
@@ -273,27 +274,42 @@ class UpStep(nn.Module):
         return result
 
 
-def mirror(images: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+def mirror(images: Tensor, rows: tuple[int, int], columns: tuple[int, int], sizes: Tensor | None = None) -> Tensor:
     """Continue images by their mirror picture, as often as is needed (figure 2); the edge is not repeated.
 
     Args:
         images: ``(B, C, H, W)``.
         rows: pixels to add above and below.
         columns: pixels to add at the left and the right.
+        sizes: ``(B, 2)`` int64, the valid height and width of each image, whose mirror picture takes the place of the
+            batch's padding too; ``None`` means all are whole.
     """
+    height, width = images.shape[-2:]
+    if sizes is not None:
+        # Not compared with (H, W) first: that would wait for a GPU, and gathering costs next to nothing
+        down = _mirrored(sizes[:, :1], height, *rows)  # (B, H + rows)
+        across = _mirrored(sizes[:, 1:], width, *columns)  # (B, W + columns)
+        image, channel = (torch.arange(count, device=images.device) for count in images.shape[:2])
+        return images[image[:, None, None, None], channel[:, None, None], down[:, None, :, None], across[:, None, None]]
     if rows == (0, 0) and columns == (0, 0):
         return images
-    down, across = (
-        _mirrored(length, *more, device=images.device)
-        for length, more in zip(images.shape[-2:], (rows, columns), strict=True)
-    )
+    own = torch.tensor([[height, width]], device=images.device)  # (1, 2)
+    down, across = _mirrored(own[:, :1], height, *rows)[0], _mirrored(own[:, 1:], width, *columns)[0]
     return images[:, :, down[:, None], across]  # (B, C, H + rows, W + columns)
 
 
-def _mirrored(length: int, before: int, after: int, device: torch.device) -> Tensor:
-    period = max(2 * (length - 1), 1)
-    positions = torch.arange(-before, length + after, device=device) % period  # (before + length + after,)
-    return torch.minimum(positions, period - positions) if length > 1 else torch.zeros_like(positions)
+def _mirrored(lengths: Tensor, canvas: int, before: int, after: int) -> Tensor:
+    """Return which pixel of a side stands at each place of the continued side, ``(B, before + canvas + after)``.
+
+    Args:
+        lengths: ``(B, 1)`` int64, of the images themselves.
+        canvas: of the batch.
+        before: places to add.
+        after: likewise.
+    """
+    periods = (2 * (lengths - 1)).clamp(min=1)
+    positions = torch.arange(-before, canvas + after, device=lengths.device) % periods
+    return torch.minimum(positions, periods - positions)
 
 
 def initialise(module: nn.Module) -> None:
