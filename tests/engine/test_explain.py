@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from detseg.cli.main import main
 from detseg.data.check import DataError
@@ -136,6 +137,17 @@ def test_a_run_whose_worker_is_killed_says_so_in_one_line(
     said = capsys.readouterr().err.strip().splitlines()[-2]
     assert said.startswith("detseg: data worker 0 (process ") and "was killed by signal 9 (SIGKILL)" in said
     assert "image 3 of split train, epoch 0" in said and "lower data.num_workers" in said
+
+
+def test_a_batch_of_one_whose_coarsest_map_is_one_cell_says_what_to_raise():
+    norm = nn.BatchNorm2d(5).train()
+    with (
+        pytest.raises(ValueError, match=r"shape \(1, 5, 1, 1\): one value .* raise data\.batch_size=\d+ to 2"),
+        explained(run()),
+    ):
+        norm(torch.zeros(1, 5, 1, 1))
+    with pytest.raises(ValueError, match=r"^others pass$"), explained(run()):
+        raise ValueError("others pass")
 
 
 class TestDisk:

@@ -1,4 +1,4 @@
-"""Errors that say too little: out of memory (which batch, what to lower), dead data workers, full disks."""
+"""Errors that say too little: out of memory (which batch, what to lower), dead data workers, full disks, lone cells."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ SIGNS = re.compile(
 """How torch's allocators, CUDA and cuDNN say it where the error's class does not."""
 
 
+LONE = re.compile(r"Expected more than 1 value per channel when training, got input size torch\.Size\(\[(.*)\]\)")
+"""How torch's batch norm refuses a map of one cell in a batch of one."""
+
+
 class OutOfMemory(MemoryError):
     """The device or the host has no memory left; the message names the batch and what to lower."""
 
@@ -39,6 +43,7 @@ def explained(run: Run) -> Iterator[None]:
         OutOfMemory: the block ran out of memory; the message has the batch's shapes and what to lower.
         DataError: a data worker died; the message has the image that it read.
         OSError: the disk is full; the message says which.
+        ValueError: a batch norm sees one value per channel; the message says what to raise.
     """
     try:
         yield
@@ -46,6 +51,11 @@ def explained(run: Run) -> Iterator[None]:
         if error.errno != errno.ENOSPC or error.strerror != os.strerror(errno.ENOSPC):  # checkpoints say it themselves
             raise
         raise OSError(errno.ENOSPC, _disk_full(Path(run.cfg.paths.output_dir))) from error
+    except ValueError as error:
+        lone = LONE.fullmatch(str(error))
+        if lone is None:
+            raise
+        raise ValueError(_lone_cell(run, lone[1])) from error
     except (RuntimeError, MemoryError) as error:
         dead = died(error)
         if dead is not None:
@@ -57,6 +67,15 @@ def explained(run: Run) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory(told) from error
+
+
+def _lone_cell(run: Run, shape: str) -> str:
+    batch: Batch | None = getattr(run.data, "last_batch", None)
+    place = "" if batch is None else f" of {_shapes(batch)}"
+    return (
+        f"batch norm cannot train on a map of shape ({shape}): one value per channel has no variance. It is the "
+        f"coarsest map{place}; raise data.batch_size={run.cfg.data.get('batch_size')} to 2 or more, or the images' size"
+    )
 
 
 def _disk_full(directory: Path) -> str:

@@ -9,7 +9,7 @@ its box is a distribution over 0 to 15 strides (GFL, Li et al. 2020, arXiv:2006.
 with, see ``benchmarks/yolo_sizes.py``.
 
 Differs from it: no line of its code is used and its weights do not load; images are normalised; IoU and not CIoU
-aligns, as in TOOD; training has no mosaic.
+aligns, as in TOOD; training has no mosaic by default.
 
 Letters: B images, N cells of one image over all levels, K classes, n values per distance.
 """
