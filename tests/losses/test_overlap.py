@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from detseg.losses import (
     lovasz_softmax,
     tversky_scores,
 )
+from detseg.losses.segmentation import class_sums
 
 
 def soft(*likely: float) -> torch.Tensor:
@@ -41,6 +43,46 @@ def test_scores_by_hand():
     assert_close(
         tversky_scores(LOGITS, LABELS, smooth=0.5), dice_scores(LOGITS, LABELS, smooth=1.0)
     )  # Dice is Tversky at one half
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_sums_equal_those_of_one_hot_maps(squared):
+    logits, labels = torch.randn(2, 5, 7, 6), torch.randint(0, 4, (2, 7, 6))  # class 4 is absent
+    labels[1, 2:5] = 255
+    valid = (labels != 255)[:, None].double()
+    likely = logits.double().softmax(dim=1) * valid
+    truth = torch.stack([(labels == label).double() for label in range(5)], dim=1)
+    expected = [likely * truth, likely**2 if squared else likely, truth]
+    found = class_sums(logits, labels, squared=squared)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs.sum(dim=(0, 2, 3)).float())
+
+
+def test_two_million_pixels_of_a_class_lose_no_digits():
+    """Added up one by one in float32, each 0.98 would count as 1 beyond 1,048,576."""
+    logits = torch.tensor([0.0, math.log(0.02 / 0.98)])[None, :, None, None].expand(1, 2, 1024, 2048)
+    both, predicted, truth = class_sums(logits, torch.zeros(1, 1024, 2048, dtype=torch.int64))
+    assert truth.tolist() == [2**21, 0]
+    assert_close(both[0], torch.tensor(0.98 * 2**21))
+    assert_close(predicted, torch.tensor([0.98, 0.02]) * 2**21)
+
+
+@pytest.mark.parametrize(
+    ("loss", "most"), [(DiceLoss(), 1.2), (DiceLoss(squared=True), 1.2), (TverskyLoss(), 1.2), (LovaszLoss(), 2.4)]
+)
+def test_the_backward_pass_keeps_few_maps_of_the_size_of_the_logits(loss, most):
+    """The softmax, and Lovasz's slopes beside it; maps of single classes and pixels come on top."""
+    logits, labels = torch.randn(1, 40, 24, 24, requires_grad=True), torch.randint(0, 40, (1, 24, 24))
+    kept: dict[int, int] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        value = next(iter(loss(logits, labels).values()))
+    assert 1 <= sum(kept.values()) / (4 * logits.numel()) <= most, value
 
 
 def test_losses_average_the_chosen_classes():
@@ -101,5 +143,7 @@ def test_errors():
         DiceLoss(classes=[2])(LOGITS, LABELS)
     with pytest.raises(ValueError, match="names class 7, but the model has 2"):
         LovaszLoss(classes=[7])(LOGITS, LABELS)
+    with pytest.raises(ValueError, match=r"the truth holds label 1, but the model has 1: 0\.\.0"):
+        LovaszLoss()(LOGITS[:, :1], LABELS)
     with pytest.raises(ValueError, match="alpha 0 and beta 0"):
         TverskyLoss(alpha=0, beta=0)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
+from detseg.losses.map_loss import widen
 from detseg.losses.normalise import normaliser, sum_over_ranks
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -41,8 +42,7 @@ def cross_entropy(
         pixel_weights: ``(B, H, W)``, w(x) of equation 1.
         ignore_index: label of pixels that do not count.
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()  # counts and sums of 1e6 pixels are beyond 8 or 11 bits
+    logits = widen(logits)
     valid = labels != ignore_index  # (B, H, W)
     losses = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=ignore_index, reduction="none")
     weights = valid.to(losses.dtype)  # (B, H, W)
@@ -67,13 +67,19 @@ def class_sums(
     Returns:
         ``(K,)`` each, per class: probabilities where the truth is that class; probabilities; pixels of the truth.
     """
-    valid = (labels != ignore_index)[:, None]  # (B, 1, H, W)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probabilities = wide.softmax(dim=1) * valid  # (B, K, H, W)
-    truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]).permute(0, 3, 1, 2) * valid  # (B, K, H, W)
-    both = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
-    predicted = (probabilities.square() if squared else probabilities).sum(dim=(0, 2, 3))  # (K,)
-    summed = sum_over_ranks(torch.stack([both, predicted, truth.sum(dim=(0, 2, 3)).to(both.dtype)]))  # (3, K)
+    classes = logits.shape[1]
+    valid = labels != ignore_index  # (B, H, W)
+    probabilities = widen(logits).softmax(dim=1)  # (B, K, H, W)
+    powers = probabilities.square() if squared else probabilities
+    predicted = (powers * valid[:, None]).sum(dim=(0, 2, 3))  # (K,)
+    # No one-hot maps, which for many classes take six times the memory of the logits.
+    label = labels.where(valid, 0)  # (B, H, W)
+    likely = probabilities.gather(1, label[:, None])[:, 0] * valid  # (B, H, W) of the true class
+    # One by one, 1e6 pixels are beyond float32. Not bincount's weights, which a GPU adds up in any order.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    both = likely.new_zeros(classes, dtype=wide).index_add(0, label.flatten(), likely.flatten().to(wide))  # (K,)
+    truth = torch.bincount(labels.where(valid, classes).flatten(), minlength=classes + 1)[:-1]  # (K,)
+    summed = sum_over_ranks(torch.stack([both.to(predicted.dtype), predicted, truth.to(predicted.dtype)]))  # (3, K)
     return summed[0], summed[1], summed[2]
 
 
