@@ -69,3 +69,5 @@ def test_errors():
         HardPixelLoss(threshold=2)
     with pytest.raises(ValueError, match="gamma -1"):
         FocalMapLoss(gamma=-1)
+    with pytest.raises(ValueError, match="HardPixelLoss has 3 class weights, but the model has 2 classes; give one"):
+        HardPixelLoss(class_weights=[1.0, 2.0, 3.0])(two_classes(0.5), torch.zeros(1, 1, 1, dtype=torch.int64))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor
 
-from detseg.losses.map_loss import MapLoss, widen
+from detseg.losses.map_loss import MapLoss, check_class_weights, weights_of_classes, widen
 from detseg.losses.normalise import normaliser
 from detseg.losses.segmentation import cross_entropy
 from detseg.structures.maps import IGNORE_INDEX
@@ -83,11 +83,15 @@ class HardPixelLoss(MapLoss):
         if not (0 <= threshold <= 1 and 0 <= least <= 1):
             raise ValueError(f"HardPixelLoss: threshold {threshold} and least {least} must be in [0, 1]")
         self.threshold, self.least = threshold, least
-        weights = None if class_weights is None else torch.tensor([float(value) for value in class_weights])
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("class_weights", weights_of_classes(class_weights), persistent=False)
 
     def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
-        """Return the mean over the hard pixels."""
+        """Return the mean over the hard pixels.
+
+        Raises:
+            ValueError: the number of class weights is not that of the logits' classes.
+        """
+        check_class_weights(self, self.class_weights, logits.shape[1])
         hard = hard_pixels(
             logits, labels, threshold=self.threshold, least=self.least, ignore_index=self.ignore_index
         )  # (B, H, W)

@@ -115,6 +115,20 @@ def widen(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def weights_of_classes(values: Sequence[float] | None) -> Tensor | None:
+    """Return the weights of classes that a config gives, ``(K,)`` float32, or ``None``."""
+    return None if values is None else torch.tensor([float(value) for value in values])
+
+
+def check_class_weights(loss: nn.Module, weights: Tensor | None, classes: int) -> None:
+    """Raise a ``ValueError`` with both numbers where weights ``(K,)`` are not those of the model's classes."""
+    if weights is not None and len(weights) != classes:
+        raise ValueError(
+            f"{type(loss).__name__} has {len(weights)} class weights, but the model has {classes} classes; give one "
+            "weight per class"
+        )
+
+
 def chosen_classes(values: Tensor, classes: Sequence[int] | None) -> Tensor:
     """Return the entries ``(K,)`` of the chosen classes, ``None`` for all.
 

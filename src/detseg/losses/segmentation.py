@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
-from detseg.losses.map_loss import widen
+from detseg.losses.map_loss import check_class_weights, weights_of_classes, widen
 from detseg.losses.normalise import normaliser, sum_over_ranks
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -135,8 +135,7 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"SegmentationLoss: cross_entropy {cross_entropy} and dice {dice}; one must be above 0")
         self.cross_entropy, self.dice = cross_entropy, dice
         self.smooth, self.ignore_index = smooth, ignore_index
-        weights = None if class_weights is None else torch.tensor([float(value) for value in class_weights])
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("class_weights", weights_of_classes(class_weights), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
         """Return ``{"loss_cross_entropy": ..., "loss_dice": ...}``, scalars.
@@ -149,11 +148,7 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: the number of class weights is not that of the logits' classes.
         """
-        if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
-            raise ValueError(
-                f"SegmentationLoss has {len(self.class_weights)} class weights, but the model has {logits.shape[1]} "
-                "classes; give one weight per class"
-            )
+        check_class_weights(self, self.class_weights, logits.shape[1])
         terms: dict[str, Tensor] = {}
         if self.cross_entropy:
             terms["loss_cross_entropy"] = self.cross_entropy * cross_entropy(
