@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detseg.models.inference import predict_images
 from detseg.structures import Detections, SemanticMap, Target
 
 Photo: TypeAlias = str | Path | NDArray[np.uint8] | Tensor
@@ -88,12 +89,11 @@ class Predictor(nn.Module):
         batch = collate(samples, self.size_divisor)
         pixels = batch.images.to(self.device).float() / 255  # (B, 3, H, W)
         sizes = batch.sizes.to(self.device)  # (B, 2)
-        model = cast(Any, self.model)
         given = {} if batch.proposals is None else {"proposals": [boxes.to(self.device) for boxes in batch.proposals]}
-        answers = model.predict(model(pixels, sizes, **given), sizes)
+        found = predict_images(self.model, pixels, sizes, **given)
         return [
             _resize(answer.cpu(), (int(size[0]), int(size[1])), (image.shape[-2], image.shape[-1]))
-            for answer, size, image in zip(answers, batch.sizes, images, strict=True)
+            for answer, size, image in zip(found, batch.sizes, images, strict=True)
         ]
 
     def _prepare(self, image: Tensor) -> tuple[Tensor, Target]:

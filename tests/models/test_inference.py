@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,11 @@ from torch.testing import assert_close
 from detseg.models.inference import Inference, ask_by
 from detseg.models.segmenter import SegmenterOutputs, SemanticSegmenter
 from detseg.ops.dense_crf import dense_crf
+from detseg.predictor import Predictor
 from detseg.structures import SemanticMap, Target
+from detseg.tasks import SemanticSegmentation
+from fake_models import batch, loader, trainer
+from segmenter_cases import maps
 
 
 class Pointwise(SemanticSegmenter):
@@ -86,6 +93,50 @@ def test_predict_asks_as_told_and_only_valid_pixels_are_looked_at() -> None:
     assert all(torch.equal(one.labels, 1 - other.labels) for one, other in zip(turned, plain, strict=True))
 
 
+WHOLE, WINDOWS = (1, 3, 32, 32), [(5, 3, 8, 8), (5, 3, 8, 8), (2, 3, 8, 8)]
+"""Of a photo of 21 x 30 in a batch padded to 32: one pass over all of it; 3 x 4 windows, five in a pass."""
+
+
+@pytest.mark.parametrize(
+    ("inference", "passes"),
+    [
+        (None, [WHOLE]),
+        (Inference(window=8, stride=8, chunk=5), WINDOWS),
+        (Inference(scales=[1.0, 2.0]), [(1, 3, 21, 30), (1, 3, 42, 60)]),
+        (Inference(flip=True), [(1, 3, 21, 30)] * 2),
+        (Inference(refine=lambda logits, photo: logits), [WHOLE]),  # the CRF refines the batch's own answer
+    ],
+)
+def test_prediction_makes_no_pass_that_nobody_reads(
+    inference: Inference | None, passes: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    """Windows bound the memory of a large photo, so the photo itself must never go through the network."""
+    photo = (image(21, 30)[0] * 255).to(torch.uint8)
+    model = Pointwise()
+    predictor = Predictor(model=model, class_names=["one", "other"])
+    (expected,) = predictor(photo)
+    model.inference = inference
+    model.seen.clear()
+    (found,) = predictor(photo)
+    assert model.seen == passes
+    assert (found.labels == expected.labels).float().mean() > 0.98  # blurred where it was looked at in another size
+    task = SemanticSegmentation(
+        model=model,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        class_names=["one", "other"],
+        monitor="val/miou",
+        inference=inference,
+    )
+    seen = batch(maps((21, 30), classes=2), side=32)
+    seen.sizes[0] = torch.tensor([21, 30])
+    model.seen.clear()
+    trainer(tmp_path).predict(task, loader(seen))
+    assert model.seen == passes
+    model.seen.clear()
+    trainer(tmp_path).validate(task, loader(seen), verbose=False)
+    assert model.seen == (passes if passes == [WHOLE] else [WHOLE, *passes])  # the loss is that of the whole image
+
+
 def test_a_crf_moves_borders_to_those_of_the_image() -> None:
     truth = torch.zeros(32, 40).long()
     truth[8:24, 10:30] = 1
@@ -94,6 +145,8 @@ def test_a_crf_moves_borders_to_those_of_the_image() -> None:
     logits = torch.cat([-coarse, coarse])[None]  # blurred, and too large
     sizes = torch.tensor([[32, 40]])
     (plain,) = Inference()(Pointwise().forward, logits, images, sizes)
+    (asked,) = Inference()(lambda some: logits, None, images, sizes)  # no logits yet: it asks for them
+    assert_close(asked, plain)
     (found,) = Inference(refine=dense_crf)(Pointwise().forward, logits, images, sizes)
     assert (plain.argmax(0) == truth).float().mean() < 0.97
     assert torch.equal(found.argmax(0), truth)

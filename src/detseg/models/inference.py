@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Inference:
         scales: sizes at which the image is looked at, as factors; [1.0] is as it is.
         flip: also the mirror image at each size.
         refine: works on the probabilities and the image at the end, or ``None``.
-        chunk: windows in one pass of the model, which bounds memory.
+        chunk: windows in one pass of the model, which bounds memory in prediction; validation's loss is still that of
+            the whole image.
 
     Raises:
         ValueError: a number is out of its range.
@@ -67,18 +69,19 @@ class Inference:
         """Whether the model's own answer about the whole image is the only one that is wanted."""
         return self.window is None and self.scales == [1.0] and not self.flip
 
-    def __call__(self, ask: Ask, logits: Tensor, images: Tensor, sizes: Tensor) -> Iterator[Tensor]:
+    def __call__(self, ask: Ask, logits: Tensor | None, images: Tensor, sizes: Tensor) -> Iterator[Tensor]:
         """Yield the probabilities of each image, ``(K, h, w)`` of its valid pixels.
 
         Args:
             ask: the model.
-            logits: ``(B, K, H, W)`` that it gave for the batch; read where they are the answer that is wanted.
+            logits: ``(B, K, H, W)`` that it gave for the batch, read where ``plain``; ``None`` if it was not asked yet.
             images: ``(B, 3, H, W)`` RGB in [0, 1].
             sizes: ``(B, 2)`` valid height and width.
         """
-        for own, image, (height, width) in zip(logits, images, sizes.tolist(), strict=True):
+        given = [None] * len(images) if logits is None or not self.plain else logits
+        for own, image, (height, width) in zip(given, images, sizes.tolist(), strict=True):
             image = image[:, :height, :width]  # (3, h, w)
-            found = own[:, :height, :width].float().softmax(0) if self.plain else self._views(ask, image)  # (K, h, w)
+            found = self._views(ask, image) if own is None else own[:, :height, :width].float().softmax(0)  # (K, h, w)
             yield found if self.refine is None else self.refine(found.clamp(min=1e-8).log(), image)
 
     def _views(self, ask: Ask, image: Tensor) -> Tensor:
@@ -126,6 +129,22 @@ def ask_by(model: nn.Module, inference: Inference) -> None:
             "leave inference at null"
         )
     setattr(model, "inference", inference)  # noqa: B010  # a module's attributes are tensors and modules to the checker
+
+
+def predict_images(model: nn.Module, images: Tensor, sizes: Tensor, **given: Any) -> list[Any]:
+    """Return what a detector or segmenter finds where no loss is wanted: one prediction per image.
+
+    Args:
+        model: obeys the contract of ``detseg.models.contract``. A segmenter has a ``predict_images`` of its own, which
+            saves the pass over whole images whose logits a loss alone would read.
+        images: ``(B, 3, H, W)`` RGB in [0, 1].
+        sizes: ``(B, 2)`` int64, valid height and width.
+        **given: further arguments of its ``forward``, such as proposals.
+    """
+    own = getattr(model, "predict_images", None)
+    predict: Any = model.predict
+    found: list[Any] = predict(model(images, sizes, **given), sizes) if own is None else own(images, sizes)
+    return found
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

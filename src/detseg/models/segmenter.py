@@ -113,10 +113,21 @@ class SemanticSegmenter(nn.Module):
             for image, (height, width) in zip(labels, sizes.tolist(), strict=True)
         ]
 
+    def predict_images(self, images: Tensor, sizes: Tensor) -> list[SemanticMap]:
+        """Return what ``predict`` says of ``forward``, where no loss is wanted: by no pass that nobody reads.
+
+        Args:
+            images: ``(B, 3, H, W)`` RGB in [0, 1], padded at the right and the bottom.
+            sizes: ``(B, 2)`` int64, the valid height and width of each image.
+        """
+        if self.inference is None or self.inference.plain:
+            return self.predict(self(images, sizes), sizes)
+        return self._ask(self.inference, None, images, sizes)
+
     @torch.no_grad()
-    def _ask(self, inference: Inference, logits: Tensor, images: Tensor, sizes: Tensor) -> list[SemanticMap]:
+    def _ask(self, inference: Inference, logits: Tensor | None, images: Tensor, sizes: Tensor) -> list[SemanticMap]:
         def ask(some: Tensor) -> Tensor:
-            return logits_of(self.forward(some))
+            return logits_of(self(some))  # as a module: sharded weights are collected by its hooks
 
         return [SemanticMap(labels=found.argmax(0)) for found in inference(ask, logits, images, sizes)]
 

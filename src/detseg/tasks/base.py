@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
+from detseg.models.inference import predict_images
 from detseg.structures import Batch, Detections, SemanticMap, Target
 from detseg.tasks.buffers import share_buffers
 from detseg.tasks.groups import choose_rates, chosen_rates, parameter_groups, peak_rate
@@ -137,9 +138,7 @@ class Task(L.LightningModule):
 
     def forward(self, batch: Batch) -> list[Prediction]:
         """Return predictions in the pixels of the batch's images, in whatever mode the model is."""
-        predict = cast(Any, self.model).predict
-        outputs = self.model(self._images(batch), batch.sizes, **given_proposals(batch))
-        return cast("list[Prediction]", predict(outputs, batch.sizes))
+        return predict_images(self.model, self._images(batch), batch.sizes, **given_proposals(batch))
 
     def on_fit_start(self) -> None:
         """Refuse what would end the process without a word.
