@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from detseg.config import instantiate, load_config
-from detseg.losses import DiceLoss, LovaszLoss, SegmentationLoss, SumOfLosses
+from detseg.losses import DiceLoss, HardPixelLoss, LovaszLoss, SegmentationLoss, SumOfLosses
 from shared import REPO
 
 FOLDER = REPO / "conf" / "segmentation_loss"
@@ -128,17 +128,42 @@ def test_a_sum_names_all_terms_and_scales_each():
     assert_close(weighed["loss_cross_entropy"], SegmentationLoss()(logits, labels, weights)["loss_cross_entropy"])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_names_its_terms_before_it_is_asked(name):
+    loss = build(name)
+    assert sorted(loss.terms) == sorted(loss(torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))))
+
+
+def test_two_terms_of_a_name_are_found_when_a_sum_is_built():
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] give the term loss_cross_entropy; leave one out"):
+        SumOfLosses(losses={"a": SegmentationLoss(), "b": HardPixelLoss()})
+    within = SumOfLosses(losses={"c": SegmentationLoss(dice=1.0)})
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] give the term loss_dice; leave one out"):
+        SumOfLosses(losses={"a": within, "b": DiceLoss()})
+    SumOfLosses(losses={"a": SegmentationLoss(cross_entropy=0.0, dice=1.0), "b": HardPixelLoss()})
+
+
+def test_a_loss_that_names_no_terms_before_is_found_at_the_first_step():
+    class Foreign(torch.nn.Module):
+        ignore_index = 255
+
+        def forward(self, logits, labels, pixel_weights=None):
+            return {"loss_dice": logits.sum()}
+
+    both = SumOfLosses(losses={"a": DiceLoss(), "b": Foreign()})
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] give the term loss_dice; leave one out"):
+        both(torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4)))
+
+
 def test_errors():
     logits, labels = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
     with pytest.raises(ValueError, match=r"0 losses with ignore indices \[\]"):
         SumOfLosses(losses={"a": None})
     with pytest.raises(ValueError, match=r"2 losses with ignore indices \[0, 255\]"):
         SumOfLosses(losses={"a": DiceLoss(ignore_index=0), "b": LovaszLoss()})
-    with pytest.raises(ValueError, match="give the term loss_dice; leave one out"):
-        SumOfLosses(losses={"a": SegmentationLoss(dice=1.0), "b": DiceLoss()})(logits, labels)
-    with pytest.raises(ValueError, match="DiceLoss is no sum over pixels, so separation cannot weigh them"):
+    with pytest.raises(ValueError, match="DiceLoss has no sum over pixels that separation could weigh"):
         DiceLoss()(logits, labels, torch.ones(1, 4, 4))
-    with pytest.raises(ValueError, match="no sum over pixels that separation could weigh"):
+    with pytest.raises(ValueError, match="SumOfLosses has no sum over pixels that separation could weigh"):
         SumOfLosses(losses={"a": DiceLoss()})(logits, labels, torch.ones(1, 4, 4))
     with pytest.raises(ValueError, match="weight 0 must be above 0"):
         LovaszLoss(weight=0)

@@ -5,7 +5,7 @@ B = images, K = classes, H, W = pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ class MapLoss(nn.Module):
     Attributes:
         name: of the term, without ``loss_``.
         weighs_pixels: whether it is a sum over pixels that a weight map can change, such as U-Net's.
+        terms: what ``forward`` returns, by name.
 
     Raises:
         ValueError: the factor is not above 0.
@@ -38,6 +39,11 @@ class MapLoss(nn.Module):
             raise ValueError(f"{type(self).__name__}: weight {weight} must be above 0; leave the loss out instead")
         self.weight, self.ignore_index = weight, ignore_index
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """See the class."""
+        return (f"loss_{self.name}",)
+
     def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
         """Return ``{"loss_<name>": ...}``, a scalar; zero where no pixel counts.
 
@@ -49,11 +55,7 @@ class MapLoss(nn.Module):
         Raises:
             ValueError: there are weights of pixels, and the loss is no sum over pixels.
         """
-        if pixel_weights is not None and not self.weighs_pixels:
-            raise ValueError(
-                f"{type(self).__name__} is no sum over pixels, so separation cannot weigh them; set separation=0, or "
-                "add a cross entropy"
-            )
+        check_pixel_weights(self, self.weighs_pixels, pixel_weights)
         return {f"loss_{self.name}": self.weight * self.value(logits, labels, pixel_weights)}
 
     def value(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Tensor:
@@ -81,7 +83,7 @@ class SumOfLosses(nn.Module):
     """Several losses of one map, each with its own factor; all their terms are named in the log.
 
     Args:
-        losses: by any name; ``None`` leaves one out.
+        losses: by any name; ``None`` leaves one out. One that does not say its ``terms`` is asked at the first step.
 
     Raises:
         ValueError: none is left, two give a term of the same name, or their ignore indices differ.
@@ -95,19 +97,35 @@ class SumOfLosses(nn.Module):
             raise ValueError(f"SumOfLosses: {len(kept)} losses with ignore indices {sorted(indices)}; give one or more")
         self.losses = nn.ModuleDict(kept)
         self.ignore_index: int = indices.pop()
+        self.terms: tuple[str, ...] = ()
+        for loss in kept.values():
+            own = getattr(loss, "terms", ())
+            self._refuse_twice(self.terms, own)
+            self.terms += tuple(own)
 
     def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
         """Return the terms of all losses; see ``MapLoss``. Weights of pixels go to those that are sums over pixels."""
         able = [name for name, loss in self.losses.items() if getattr(loss, "weighs_pixels", True)]
-        if pixel_weights is not None and not able:
-            raise ValueError("SumOfLosses has no sum over pixels that separation could weigh; add a cross entropy")
+        check_pixel_weights(self, bool(able), pixel_weights)
         terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
             given = cast("dict[str, Tensor]", loss(logits, labels, pixel_weights if name in able else None))
-            if twice := sorted(terms.keys() & given.keys()):
-                raise ValueError(f"SumOfLosses: two of {list(self.losses)} give the term {twice[0]}; leave one out")
+            self._refuse_twice(terms, given)
             terms |= given
         return terms
+
+    def _refuse_twice(self, known: Iterable[str], given: Iterable[str]) -> None:
+        if twice := sorted({*known} & {*given}):
+            raise ValueError(f"SumOfLosses: two of {list(self.losses)} give the term {twice[0]}; leave one out")
+
+
+def check_pixel_weights(loss: nn.Module, weighs: bool, pixel_weights: Tensor | None) -> None:
+    """Raise a ``ValueError`` where there are weights of pixels, and the loss has nothing that they could weigh."""
+    if pixel_weights is not None and not weighs:
+        raise ValueError(
+            f"{type(loss).__name__} has no sum over pixels that separation could weigh; set separation=0, or add a "
+            "cross entropy"
+        )
 
 
 def widen(logits: Tensor) -> Tensor:

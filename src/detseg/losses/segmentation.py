@@ -115,6 +115,9 @@ class SegmentationLoss(nn.Module):
         smooth: of the Dice loss, in pixels.
         ignore_index: label of pixels that do not count.
 
+    Attributes:
+        terms: what ``forward`` returns, by name.
+
     Raises:
         ValueError: both factors are zero, or one is negative.
     """
@@ -135,6 +138,8 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"SegmentationLoss: cross_entropy {cross_entropy} and dice {dice}; one must be above 0")
         self.cross_entropy, self.dice = cross_entropy, dice
         self.smooth, self.ignore_index = smooth, ignore_index
+        factors = {"loss_cross_entropy": cross_entropy, "loss_dice": dice}
+        self.terms = tuple(name for name, factor in factors.items() if factor)
         self.register_buffer("class_weights", weights_of_classes(class_weights), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
