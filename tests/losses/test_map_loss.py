@@ -155,15 +155,24 @@ def test_a_loss_that_names_no_terms_before_is_found_at_the_first_step():
         both(torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4)))
 
 
-def test_errors():
+DICE = SegmentationLoss(cross_entropy=0.0, dice=1.0)
+
+
+@pytest.mark.parametrize("loss", [DiceLoss(), DICE, SumOfLosses(losses={"a": DICE, "b": LovaszLoss()})])
+def test_weights_of_pixels_are_refused_where_no_term_could_take_them(loss):
     logits, labels = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    wanted = f"{type(loss).__name__} has no sum over pixels that separation could weigh; set separation=0, or add"
+    with pytest.raises(ValueError, match=wanted):
+        loss(logits, labels, torch.ones(1, 4, 4))
+    outer = SumOfLosses(losses={"in": loss, "out": SegmentationLoss()})
+    weights = torch.rand(1, 4, 4) + 1  # go to the cross entropy alone
+    assert_close(outer(logits, labels, weights), loss(logits, labels) | SegmentationLoss()(logits, labels, weights))
+
+
+def test_errors():
     with pytest.raises(ValueError, match=r"0 losses with ignore indices \[\]"):
         SumOfLosses(losses={"a": None})
     with pytest.raises(ValueError, match=r"2 losses with ignore indices \[0, 255\]"):
         SumOfLosses(losses={"a": DiceLoss(ignore_index=0), "b": LovaszLoss()})
-    with pytest.raises(ValueError, match="DiceLoss has no sum over pixels that separation could weigh"):
-        DiceLoss()(logits, labels, torch.ones(1, 4, 4))
-    with pytest.raises(ValueError, match="SumOfLosses has no sum over pixels that separation could weigh"):
-        SumOfLosses(losses={"a": DiceLoss()})(logits, labels, torch.ones(1, 4, 4))
     with pytest.raises(ValueError, match="weight 0 must be above 0"):
         LovaszLoss(weight=0)

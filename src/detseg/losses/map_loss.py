@@ -83,7 +83,12 @@ class SumOfLosses(nn.Module):
     """Several losses of one map, each with its own factor; all their terms are named in the log.
 
     Args:
-        losses: by any name; ``None`` leaves one out. One that does not say its ``terms`` is asked at the first step.
+        losses: by any name; ``None`` leaves one out. One that does not say its ``terms`` is asked at the first step,
+            and one that does not say whether it ``weighs_pixels`` is given their weights.
+
+    Attributes:
+        weighs_pixels: whether one of them does.
+        terms: those of all, by name.
 
     Raises:
         ValueError: none is left, two give a term of the same name, or their ignore indices differ.
@@ -97,6 +102,7 @@ class SumOfLosses(nn.Module):
             raise ValueError(f"SumOfLosses: {len(kept)} losses with ignore indices {sorted(indices)}; give one or more")
         self.losses = nn.ModuleDict(kept)
         self.ignore_index: int = indices.pop()
+        self.weighs_pixels = any(_weighs(loss) for loss in kept.values())
         self.terms: tuple[str, ...] = ()
         for loss in kept.values():
             own = getattr(loss, "terms", ())
@@ -105,11 +111,10 @@ class SumOfLosses(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> dict[str, Tensor]:
         """Return the terms of all losses; see ``MapLoss``. Weights of pixels go to those that are sums over pixels."""
-        able = [name for name, loss in self.losses.items() if getattr(loss, "weighs_pixels", True)]
-        check_pixel_weights(self, bool(able), pixel_weights)
+        check_pixel_weights(self, self.weighs_pixels, pixel_weights)
         terms: dict[str, Tensor] = {}
-        for name, loss in self.losses.items():
-            given = cast("dict[str, Tensor]", loss(logits, labels, pixel_weights if name in able else None))
+        for loss in self.losses.values():
+            given = cast("dict[str, Tensor]", loss(logits, labels, pixel_weights if _weighs(loss) else None))
             self._refuse_twice(terms, given)
             terms |= given
         return terms
@@ -117,6 +122,10 @@ class SumOfLosses(nn.Module):
     def _refuse_twice(self, known: Iterable[str], given: Iterable[str]) -> None:
         if twice := sorted({*known} & {*given}):
             raise ValueError(f"SumOfLosses: two of {list(self.losses)} give the term {twice[0]}; leave one out")
+
+
+def _weighs(loss: nn.Module) -> bool:
+    return bool(getattr(loss, "weighs_pixels", True))
 
 
 def check_pixel_weights(loss: nn.Module, weighs: bool, pixel_weights: Tensor | None) -> None:

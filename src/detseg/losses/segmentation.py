@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # torch's own convention
 from torch import Tensor, nn
 
-from detseg.losses.map_loss import check_class_weights, weights_of_classes, widen
+from detseg.losses.map_loss import check_class_weights, check_pixel_weights, weights_of_classes, widen
 from detseg.losses.normalise import normaliser, sum_over_ranks
 from detseg.structures.maps import IGNORE_INDEX
 
@@ -116,6 +116,7 @@ class SegmentationLoss(nn.Module):
         ignore_index: label of pixels that do not count.
 
     Attributes:
+        weighs_pixels: whether weights of pixels are taken: by the cross entropy, not by the Dice loss.
         terms: what ``forward`` returns, by name.
 
     Raises:
@@ -137,6 +138,7 @@ class SegmentationLoss(nn.Module):
         if min(cross_entropy, dice) < 0 or cross_entropy + dice == 0:
             raise ValueError(f"SegmentationLoss: cross_entropy {cross_entropy} and dice {dice}; one must be above 0")
         self.cross_entropy, self.dice = cross_entropy, dice
+        self.weighs_pixels = cross_entropy > 0
         self.smooth, self.ignore_index = smooth, ignore_index
         factors = {"loss_cross_entropy": cross_entropy, "loss_dice": dice}
         self.terms = tuple(name for name, factor in factors.items() if factor)
@@ -151,8 +153,10 @@ class SegmentationLoss(nn.Module):
             pixel_weights: ``(B, H, W)`` for the cross entropy, or ``None``.
 
         Raises:
-            ValueError: the number of class weights is not that of the logits' classes.
+            ValueError: the number of class weights is not that of the logits' classes, or there are weights of pixels
+                and no cross entropy.
         """
+        check_pixel_weights(self, self.weighs_pixels, pixel_weights)
         check_class_weights(self, self.class_weights, logits.shape[1])
         terms: dict[str, Tensor] = {}
         if self.cross_entropy:
