@@ -66,6 +66,15 @@ def test_a_list_decides_and_keeps_its_order(tmp_path: Path):
         find_pairs(tmp_path / "i", tmp_path / "m")
 
 
+def test_two_maps_of_a_name_are_both_named(tmp_path: Path):
+    touch(tmp_path, "i/a.png", "i/b.png", "m/a.png", "m/b.bmp", "m/b.png")
+    with pytest.raises(DataError, match=r"m.b\.bmp and b\.png share a name, so an image cannot tell them apart"):
+        find_pairs(tmp_path / "i", tmp_path / "m")
+    (tmp_path / "x.txt").write_text("a\n")
+    found = find_pairs(tmp_path / "i", tmp_path / "m", listed=tmp_path / "x.txt")  # b is not asked for
+    assert relative(found.maps, tmp_path) == {"a": "m/a.png"}
+
+
 def test_lines_are_read_as_the_files_say(tmp_path: Path):
     file = tmp_path / "x.txt"
     file.write_text("\ufeff# name class\n\n  cat_1 1 2 3\nmy dog\nbird.jpg\nfish.v2\nlost 7\n", encoding="utf-8")

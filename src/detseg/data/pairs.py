@@ -45,7 +45,7 @@ def find_pairs(
         listed: text file with a name a line; ``None``: all.
 
     Raises:
-        DataError: a folder or the list is missing or the list empty, or two images share a name.
+        DataError: a folder or the list is missing or the list empty, or two images or two maps share a name.
     """
     for folder in (images, masks):
         if not folder.is_dir():
@@ -54,11 +54,7 @@ def find_pairs(
     taken = {path for paths in maps.values() for path in paths}
     found = _by_name(images, [path for path in _files(images, nested) if path not in taken], image_suffix)
     names = sorted(found.keys() | maps.keys()) if listed is None else read_names(listed, found.keys() | maps.keys())
-    for name in names:
-        first, *others = found.get(name, [images])
-        if others:
-            raise DataError(f"{first} and {others[0].name} share a name, so a map cannot tell them apart")
-    return Pairs(names, _firsts(found, names), _firsts(maps, names))
+    return Pairs(names, _single(found, names, "a map"), _single(maps, names, "an image"))
 
 
 def read_names(file: Path, known: set[str]) -> list[str]:
@@ -102,8 +98,13 @@ def _by_name(folder: Path, files: list[Path], suffix: str) -> dict[str, list[Pat
     return found
 
 
-def _firsts(found: Mapping[str, list[Path]], names: list[str]) -> dict[str, Path]:
-    return {name: found[name][0] for name in names if name in found}
+def _single(found: Mapping[str, list[Path]], names: list[str], partner: str) -> dict[str, Path]:
+    """Return the file of each name that has one, and refuse a second."""
+    chosen = {name: found[name] for name in names if name in found}
+    for first, *others in chosen.values():
+        if others:
+            raise DataError(f"{first} and {others[0].name} share a name, so {partner} cannot tell them apart")
+    return {name: paths[0] for name, paths in chosen.items()}
 
 
 def _stem(name: str) -> str:
