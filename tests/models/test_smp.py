@@ -8,17 +8,31 @@ from torch.testing import assert_close
 
 from detseg.config import instantiate, load_config
 from detseg.models.smp import SMP
+from segmenter_cases import maps
 
 ARCHES = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet"]
-ARCHES += ["Segformer"]
+ARCHES += ["Segformer", "DPT"]
+PAIRS = [(arch, "tu-mobilenetv3_small_050") for arch in ARCHES] + [("DPT", "tu-vit_tiny_patch16_224")]
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_every_architecture_takes_every_size(arch):
-    model = SMP(num_classes=3, arch=arch, encoder="tu-mobilenetv3_small_050").eval()
-    for size in ((33, 50), (1, 5), (64, 64)):
+def test_every_architecture_of_the_library_is_tested():
+    kinds = [kind for kind in vars(smp).values() if isinstance(kind, type)]
+    assert {kind.__name__ for kind in kinds if issubclass(kind, smp.base.SegmentationModel)} == set(ARCHES)
+
+
+@pytest.mark.parametrize(("arch", "encoder"), PAIRS)
+def test_every_architecture_takes_every_size(arch, encoder):
+    model = SMP(num_classes=3, arch=arch, encoder=encoder).eval()
+    for size in ((33, 50), (1, 5), (64, 64), (70, 130)):
         with torch.no_grad():
             assert model(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_a_transformer_of_patches_trains_at_any_size():
+    model = SMP(num_classes=3, arch="DPT", encoder="tu-vit_tiny_patch16_224").train()
+    model.loss(model(torch.rand(2, 3, 33, 50)), maps((33, 50), (33, 50)))["loss_cross_entropy"].backward()
+    places = model.network.encoder.model.pos_embed  # of 224 x 224 pixels, interpolated to those of the image
+    assert float(places.grad.abs().max()) > 0
 
 
 def test_logits_are_the_librarys():
@@ -46,6 +60,9 @@ def test_errors_name_what_there_is():
         SMP(num_classes=3, arch="Unet", options={"decoder_width": 3})
     with pytest.raises(ValueError, match="cannot be built with encoder 'resnet1'"):
         SMP(num_classes=3, arch="Unet", encoder="resnet1")
+    for encoder in ("tu-eva02_tiny_patch14_224", "tu-vit_relpos_small_patch16_224"):  # no power of two; one size alone
+        with pytest.raises(ValueError, match=rf"DPT over '{encoder}' takes no image of 64 x 96: .*; use .*patch16"):
+            SMP(num_classes=3, arch="DPT", encoder=encoder)
     model = SMP(num_classes=3, arch="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050").train()
     with pytest.raises(ValueError, match="trains on batches of 2 images or more"):
         model(torch.rand(1, 3, 64, 64))

@@ -2,8 +2,9 @@
 
 The papers are those of the architectures: FPN, PSPNet (Zhao et al., arXiv:1612.01105), DeepLabV3+ (Chen et al.,
 arXiv:1802.02611), UNet++ (Zhou et al., arXiv:1807.10165), MAnet, LinkNet, PAN, UPerNet, SegFormer (Xie et al.,
-arXiv:2105.15203), DPT. Encoders are its own and, as ``tu-<name>``, those of timm. Images are padded to a multiple of
-the encoder's stride, so that every architecture takes every size.
+arXiv:2105.15203), DPT (Ranftl et al., arXiv:2103.13413). Encoders are its own and, as ``tu-<name>``, those of timm; DPT
+is made for vision transformers. Images are padded to a multiple of the encoder's stride, and the places of a
+transformer's patches interpolated, so that every architecture takes every size.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SMP(SemanticSegmenter):
         separation: w0 of U-Net's weight map, 0 for none; needs instance masks.
 
     Raises:
-        ValueError: there is no such architecture, encoder or argument.
+        ValueError: there is no such architecture, encoder or argument, or DPT's encoder takes images of one size alone.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class SMP(SemanticSegmenter):
             if encoder_weights is not None:
                 published = smp.encoders.get_preprocessing_params(encoder, pretrained=encoder_weights)
                 mean, std = published["mean"], published["std"]
-            self.network = build(
-                encoder_name=encoder, encoder_weights=encoder_weights, in_channels=3, classes=num_classes, **more
-            )
+            more |= {"encoder_name": encoder, "encoder_weights": encoder_weights}
+            self.network = _build(build, build is smp.DPT, in_channels=3, classes=num_classes, **more)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"SMP: {arch} cannot be built with encoder {encoder!r}: {error}") from error
+        if build is smp.DPT:
+            _check_sizes(self.network, encoder)
         self.normalize = Normalize(mean, std)
         # DeepLab's own stride is 8 or 16, but some decoders beside it want 32; that suits all
         self.step = max(32, int(getattr(self.network.encoder, "output_stride", 32)))
@@ -103,3 +105,32 @@ def _architecture(smp: Any, name: str) -> Any:
     if found is None or not issubclass(found, torch.nn.Module):
         raise ValueError(f"segmentation_models_pytorch has no architecture {name!r}; it has {', '.join(sorted(known))}")
     return found
+
+
+def _build(build: Any, any_size: bool, **arguments: Any) -> torch.nn.Module:
+    """Return the network; with ``any_size`` a vision transformer is told to interpolate the places of its patches."""
+    network: torch.nn.Module
+    if any_size:
+        try:
+            network = build(dynamic_img_size=True, **arguments)
+            return network
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+    network = build(**arguments)  # most encoders that have no such argument take every size anyway
+    return network
+
+
+@torch.no_grad()
+def _check_sizes(network: torch.nn.Module, encoder: str) -> None:
+    """Refuse an encoder that cannot look at one small image: timm does not tell which of them are bound to a size."""
+    image = torch.zeros(1, 3, 64, 96, device=next(network.parameters()).device)
+    try:
+        network.eval()(image)
+    except (AssertionError, IndexError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"SMP: DPT over {encoder!r} takes no image of 64 x 96: {reason}; use a vision transformer with patches of "
+            "8, 16 or 32 pixels such as 'tu-vit_small_patch16_224', or a convolutional network"
+        ) from error
+    network.train()
