@@ -8,9 +8,10 @@ end. Dropout at the end of the contracting path (section 3.1), Gaussian initial 
 (section 3). The overlap-tile strategy (section 2, figure 2): each image of a batch is continued by its own mirror
 picture, so that logits come for every input pixel; 572 pixels give 388 when it is not.
 
-Different: an image is one tile, however large, unless ``tile`` cuts it. Options that the paper has not: padded
-convolutions, batch norm, any width, depth, block and way to enlarge maps, and ``BackboneUNet``, whose contracting path
-is a classification network (as in segmentation_models and TernausNet, Iglovikov & Shvets 2018, arXiv:1801.05746).
+Different: an image is one tile, however large, unless ``tile`` cuts it; the loss is a weighted mean, not equation 1's
+sum, and its weights are without w_c of equation 2. Options that the paper has not: padded convolutions, batch norm, any
+width, depth, block and way to enlarge maps, and ``BackboneUNet``, whose contracting path is a classification network
+(as in segmentation_models and TernausNet, Iglovikov & Shvets 2018, arXiv:1801.05746).
 
 B = images, C = channels, K = classes.
 """
