@@ -1,4 +1,4 @@
-"""Semantic segmenters beside their peers, as Markdown tables: training, counting, sliding windows, skips, learning.
+"""Semantic segmenters beside peers, as Markdown tables: training, counting, windows, dense CRF, skips, learning.
 
     python benchmarks/semantic.py                                   # what needs no trained run, some 6 minutes
     python benchmarks/semantic.py --parts step confusion
@@ -7,9 +7,9 @@
 ``step``: a training step beside torchvision's FCN and DeepLabV3 over ResNet-50 with the same weights on the same batch,
 and beside U-Net of segmentation_models_pytorch in a bare loop; ours with its own loss, the images and maps as a loader
 gives them. ``confusion``: the confusion matrix of a map of 1024 x 2048 beside torchmetrics'. ``window``: one image of
-256 pixels, classified patch by patch and by convolution, with the same logits. ``skips``: boundary IoU of FCN-32s, 16s
-and 8s in runs of several seeds. ``learn``: figures and minutes of runs. Contenders take turns; ratios are medians of
-those of each round.
+256 pixels, classified patch by patch and by convolution, with the same logits. ``crf``: DeepLab's refinement of one
+image, beside the authors' code where pydensecrf2 is installed. ``skips``: boundary IoU of FCN-32s, 16s and 8s, in runs
+of several seeds. ``learn``: figures and minutes of runs. Contenders take turns; ratios are medians of each round's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 import torchvision
@@ -35,6 +36,8 @@ from detseg.metrics.mean_iou import confusion_matrix
 from detseg.models import FCN, SMP, DeepLabV3, SlidingWindow
 from detseg.models.fcn import FCNHead
 from detseg.nn import DilatedResNet
+from detseg.ops.dense_crf import dense_crf
+from detseg.ops.permutohedral import PermutohedralLattice
 from detseg.structures import SemanticMap, Target
 
 CLASSES = 21
@@ -177,6 +180,51 @@ def window(options: argparse.Namespace) -> Iterator[str]:
     yield markdown(["", "patch by patch s", "convolutional s", "ratio", "logits apart"], rows)
 
 
+def crf(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the time of refining one image of VOC's size, beside the released code where pydensecrf2 is installed."""
+    yield "## Dense CRF, one image of 375 x 500, 21 classes, 10 iterations (wanted: 1x)\n"
+    generator = torch.Generator().manual_seed(0)
+    size = (375, 500)
+    smooth = [torch.rand(1, count, 12, 16, generator=generator) for count in (3, CLASSES)]
+    image, logits = (F.interpolate(coarse, size, mode="bilinear")[0] for coarse in smooth)
+    image = (image + torch.randn(3, *size, generator=generator) * 0.03).clamp(0, 1).mul(255).round() / 255
+    logits = 10 * logits
+    rows, column = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    places = torch.stack([column / 80, rows / 80, *(image * 255 / 13)]).flatten(1).T  # (N, 5)
+    lattice, values = PermutohedralLattice(places), logits.softmax(0).flatten(1).T.contiguous()  # (N, K)
+    calls: list[Callable[[], object]] = [lambda: dense_crf(logits, image), lambda: lattice.filter(values)]
+    peer = released_crf(logits, image)
+    if peer:
+        calls.append(peer)
+    whole, single, *theirs = seconds_in_turns(calls, options.rounds)
+    row = ["refinement", f"{statistics.median(whole):.2f}", "n/a", "n/a", "n/a"]
+    if peer:
+        apart = float((dense_crf(logits, image) - peer()).abs().mean())
+        row[2:] = [f"{statistics.median(theirs[0]):.2f}", f"{paired_ratio(theirs[0], whole):.2f}x", f"{apart:.0e}"]
+    one = ["one filter of place and colour", f"{statistics.median(single):.3f}", "n/a", "n/a", "n/a"]
+    yield markdown(["", "detseg s", "pydensecrf2 s", "ratio", "probabilities apart on average"], [row, one])
+
+
+def released_crf(logits: Tensor, image: Tensor) -> Callable[[], Tensor] | None:
+    """Return the authors' code with the defaults of ``dense_crf``, or ``None`` where it is not installed."""
+    try:
+        from pydensecrf.densecrf import DenseCRF2D
+    except ImportError:
+        return None
+    classes, height, width = logits.shape
+    energy = np.ascontiguousarray(-logits.log_softmax(0).flatten(1).numpy())  # (K, N)
+    colours = np.ascontiguousarray((image * 255).round().byte().permute(1, 2, 0).numpy())  # (H, W, 3)
+
+    def refine() -> Tensor:
+        field = DenseCRF2D(width, height, classes)
+        field.setUnaryEnergy(energy)
+        field.addPairwiseGaussian(sxy=3, compat=3)
+        field.addPairwiseBilateral(sxy=80, srgb=13, rgbim=colours, compat=10)
+        return torch.from_numpy(np.asarray(field.inference(10))).view_as(logits)
+
+    return refine
+
+
 def skips(options: argparse.Namespace) -> Iterator[str]:
     """Yield boundary IoU of FCN's three forms, seed by seed, from runs below ``<runs>/orchard_<form>*``."""
     yield "## Skips: boundary IoU (wanted: 32s < 16s < 8s for every seed)\n"
@@ -225,6 +273,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "step": step,
     "confusion": confusion,
     "window": window,
+    "crf": crf,
     "skips": skips,
     "learn": learn,
 }

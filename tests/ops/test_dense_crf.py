@@ -39,7 +39,7 @@ def test_equals_the_released_code() -> None:
 
 
 def slow(logits: Tensor, image: Tensor, iterations: int, kernels: list[tuple[float, float, float | None]]) -> Tensor:
-    """Algorithm 1 of the paper, pair by pair, in Python."""
+    """Algorithm 1 of the paper, pair by pair, in Python; a pixel's message reaches itself, as in the released code."""
     classes, height, width = logits.shape
     pixels = [(row, column) for row in range(height) for column in range(width)]
     tables = []

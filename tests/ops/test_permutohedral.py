@@ -46,6 +46,46 @@ def test_one_dimension_by_hand() -> None:
     assert_close(found, torch.tensor([[5 / 6, 1 / 6], [1 / 6, 1]], dtype=torch.float64))
 
 
+def slow(points: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The paper's algorithm over a table of corners, one point, one corner and one direction at a time."""
+    corners, weight = _corners(points.double())
+    table: dict[tuple[int, ...], torch.Tensor] = {}
+    nothing = torch.zeros(values.shape[1], dtype=torch.float64)
+    for own, shares, value in zip(corners.tolist(), weight, values.double(), strict=True):
+        for corner, share in zip(map(tuple, own), shares, strict=True):
+            table[corner] = table.get(corner, nothing) + share * value
+    side = points.shape[1] + 1
+    for direction in range(side):
+        step = [1 - side * (axis == direction) for axis in range(side)]
+        blurred = {}
+        for corner, value in table.items():
+            ahead, behind = (tuple(c + sign * s for c, s in zip(corner, step, strict=True)) for sign in (1, -1))
+            blurred[corner] = value + (table.get(ahead, nothing) + table.get(behind, nothing)) / 2
+        table = blurred
+    sums = [
+        sum((share * table[tuple(corner)] for corner, share in zip(own, shares, strict=True)), nothing)
+        for own, shares in zip(corners.tolist(), weight, strict=True)
+    ]
+    return torch.stack(sums) / (1 + 2.0 ** -points.shape[1])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 5])
+def test_equals_a_slow_twin_in_single_and_double_precision(dimensions: int) -> None:
+    points, values = torch.randn(200, dimensions) * 2, torch.rand(200, 3, dtype=torch.float64)
+    lattice, expected = PermutohedralLattice(points), slow(points, values)
+    assert_close(lattice.filter(values), expected)
+    single = lattice.filter(values.float())
+    assert single.dtype == torch.float32
+    assert_close(single.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_it_stays_on_the_device_of_the_points() -> None:
+    points, values = torch.randn(20, 3), torch.rand(20, 2)
+    with torch.device("meta"):  # where whatever is made without saying where has no values
+        found = PermutohedralLattice(points).filter(values)
+    assert_close(found, PermutohedralLattice(points).filter(values))
+
+
 def test_it_is_linear_and_all_but_symmetric() -> None:
     """Not quite: where a corner is missing, a path over it counts in one order of the blurs and not in the other."""
     lattice = PermutohedralLattice(torch.randn(60, 5) * 2)

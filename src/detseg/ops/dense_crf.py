@@ -5,8 +5,9 @@ arXiv:1210.5644).
 
 Every pair of pixels is connected by two Gaussian kernels (equation 3): one of place and colour (appearance), one of
 place alone (smoothness). Mean field (equation 6, algorithm 1) with the Potts model of labels (section 2). Messages are
-Gaussian filters in the permutohedral lattice; equal to the authors' released code to rounding. Each kernel is
-normalised symmetrically, as released: by the roots of both pixels' sums.
+Gaussian filters in the permutohedral lattice; equal to the authors' released code to rounding. As released, and unlike
+equation 6, which sums over j != i, a pixel's message counts for the pixel itself as well; and each kernel is normalised
+symmetrically, by the roots of both pixels' sums.
 
 Letters: K classes, H x W pixels, N = H * W.
 """
@@ -56,16 +57,17 @@ def dense_crf(
     """
     _check(logits, image, iterations, (appearance_place, appearance_colour, smoothness_place))
     classes, height, width = logits.shape
-    unary = logits.detach().double().cpu().log_softmax(0).flatten(1).T  # (N, K)
+    kind = torch.float64 if exact else torch.float32  # the released code is in single precision
+    unary = logits.detach().double().cpu().log_softmax(0).flatten(1).T.to(kind).contiguous()  # (N, K)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = torch.stack([columns, rows]).double().flatten(1).T  # (N, 2)
     colour = image.detach().double().cpu().flatten(1).T * 255  # (N, 3)
     filters = []
     if appearance_weight:
         points = torch.cat([place / appearance_place, colour / appearance_colour], 1)  # (N, 5)
-        filters.append((appearance_weight, _normalised(points, exact)))
+        filters.append((appearance_weight, _normalised(points, kind, exact)))
     if smoothness_weight:
-        filters.append((smoothness_weight, _normalised(place / smoothness_place, exact)))
+        filters.append((smoothness_weight, _normalised(place / smoothness_place, kind, exact)))
     marginals = unary.softmax(1)  # (N, K)
     for _ in range(iterations):
         energy = unary  # (N, K); the Potts model favours the label that similar pixels have
@@ -75,15 +77,16 @@ def dense_crf(
     return marginals.T.reshape(classes, height, width).to(logits.device, torch.float32)
 
 
-def _normalised(points: Tensor, exact: bool) -> Filter:
-    """Return the filter of a unit Gaussian at points ``(N, D)``, normalised symmetrically."""
+def _normalised(points: Tensor, kind: torch.dtype, exact: bool) -> Filter:
+    """Return the filter of a unit Gaussian at points ``(N, D)``, normalised symmetrically, for values of a type."""
     summed: Filter
     if exact:
         kernel = (-torch.cdist(points, points).square() / 2).exp()  # (N, N)
         summed = kernel.matmul
     else:
         summed = PermutohedralLattice(points).filter
-    root = summed(points.new_ones(len(points), 1)).rsqrt()  # (N, 1); at least the pixel itself is in every sum
+    ones = points.new_ones(len(points), 1, dtype=kind)
+    root = summed(ones).rsqrt()  # (N, 1); at least the pixel itself is in every sum
     return lambda values: summed(values * root) * root
 
 
