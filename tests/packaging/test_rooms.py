@@ -37,7 +37,7 @@ BESIDE = {
     "storage": (),
     "lettering": (),
     "visualize": ("structures", "ops", "lettering", "data"),
-    "predictor": ("structures", "data"),
+    "predictor": ("structures", "data", "models"),
     "checkpoint": ("allow", "durable", "nn", "predictor", "stamp"),
     "results": ("structures",),
     "config": ("*",),
