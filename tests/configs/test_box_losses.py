@@ -1,4 +1,4 @@
-"""Every file of ``conf/box_loss`` and ``conf/assigner`` in the small detectors that take them."""
+"""Losses of boxes and of codes in every small detector, beside what ``test_dense_choices`` tries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 LOSSES = sorted(path.stem for path in (CONF / "box_loss").glob("*.yaml"))
 OF_BOXES = ("ciou", "diou", "giou", "iou")
 GRIDS = ("yolo_v2_small", "yolo_v3_small")
-DENSE = ("fcos_small", "retinanet_small", "ssd300_small", "ssdlite_small", "yolo_small", *GRIDS)
+SHARED = ("fcos_small", "retinanet_small", "yolo_small")
+CHOICES = [(name, loss) for name in ("ssd300_small", "ssdlite_small", *GRIDS) for loss in LOSSES]
+CHOICES += [(name, loss) for name in SHARED for loss in ("giou", "grid_squared", "grid_cross_entropy")]
+STRANGE = [("fcos_small", "max_iou"), ("fcos_small", "atss"), ("yolo_small", "max_iou"), ("yolo_small", "points")]
+"""Dense detectors with an assigner that was made for references of another kind."""
 TARGETS = [
     Target(boxes=torch.tensor([[4.0, 6, 34, 28], [40, 30, 60, 58]]), labels=torch.tensor([0, 1])),
     Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)),
@@ -36,8 +40,7 @@ def fits(name: str, loss: str) -> bool:
     return loss in OF_BOXES or loss.startswith("grid_") == (name in GRIDS)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "loss"), CHOICES)
 def test_a_dense_detector_takes_every_box_loss_that_fits_and_refuses_the_others(name: str, loss: str) -> None:
     overrides = [f"model={name}", f"box_loss@model.box_loss={loss}"]
     if not fits(name, loss):
@@ -61,9 +64,8 @@ def test_a_dense_detector_takes_every_box_loss_that_fits_and_refuses_the_others(
     assert_close(terms["loss_box"], factor * model.box_loss(boxes, found.boxes, found.weights))
 
 
-@pytest.mark.parametrize("assigner", sorted(path.stem for path in (CONF / "assigner").glob("*.yaml")))
-@pytest.mark.parametrize("name", ["fcos_small", "retinanet_small", "yolo_small"])
-def test_every_assigner_gives_finite_losses_and_gradients(name: str, assigner: str) -> None:
+@pytest.mark.parametrize(("name", "assigner"), STRANGE)
+def test_a_strange_assigner_gives_finite_losses_and_gradients(name: str, assigner: str) -> None:
     """By overlap a point may learn an object that it lies outside of; one image has no object at all."""
     model = build(f"model={name}", f"assigner@model.assigner={assigner}").train()
     batch = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
