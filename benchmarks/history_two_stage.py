@@ -89,7 +89,8 @@ class Timed:
 def measure(system: str, folder: Path, count: int) -> Row:
     """Time the trained run below ``folder`` on single photos."""
     run = sorted(folder.glob("*/*/metrics.json"))[-1].parent
-    predictor = detseg.load(run / "checkpoints" / "best.ckpt")
+    kept = run / "checkpoints"  # a run that ended before its first validation has no best
+    predictor = detseg.load(next(path for path in (kept / "best.ckpt", kept / "last.ckpt") if path.is_file()))
     model: Any = predictor.model
     proposer = getattr(model, "proposer", None)  # one-stage models have none
     clock = None if proposer is None else Timed(proposer)
