@@ -114,9 +114,9 @@ def yolo(options: argparse.Namespace) -> Iterator[str]:
                 folder / "data", folder / f"theirs_{turn}", *given, options.peer_python
             )
             rates.setdefault(f"Ultralytics {version}, yolo11n", []).append(yolo_training.rate(ends))
-            for features in ((), ("channels_last",)):
-                label = " ".join(["detseg, model=yolo (n)", *features])
-                ends = yolo_training.ours(folder / "data", folder / f"{label}_{turn}", *given, *features)
+            for number, choices in enumerate(yolo_training.CHOICES):
+                label = " ".join(["detseg, model=yolo (n)", *choices])
+                ends = yolo_training.ours(folder / "data", folder / f"ours_{number}_{turn}", *given, *choices)
                 rates.setdefault(label, []).append(yolo_training.rate(ends))
     yield _head("trainer", "images/s", "ratio")
     theirs = next(iter(rates.values()))
