@@ -28,8 +28,8 @@ PIXELS = 320
 TRAIN, VAL = 160, 40
 BATCH = 16
 CHOICES = ((), ("task.channels_last=true",), ("task.channels_last=true", "data.cache_images=true"))
-"""Overrides of ours that are measured. Ultralytics' mosaic takes the other images from a buffer of 8 batches, decoded; ours
-takes any, and decodes it unless images are kept in memory."""
+"""Overrides of ours that are measured. Ultralytics' mosaic takes the other images from a buffer of 8 batches, decoded;
+ours takes any, and decodes it unless images are kept in memory."""
 
 
 class Clock(L.Callback):
