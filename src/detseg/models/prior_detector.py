@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detseg.losses.box_loss import BoxLoss
+from detseg.losses.box_loss import BoxLoss, is_of_boxes
 from detseg.losses.grid_box import GridBoxLoss, PositiveLoss
 from detseg.models.dense import (
     Assignment,
@@ -110,7 +110,7 @@ class PriorDetector(DenseDetector):
         top_k: int,
         max_detections: int,
     ) -> None:
-        if not (box_loss.of_boxes or isinstance(box_loss, GridBoxLoss)):
+        if not (is_of_boxes(box_loss) or isinstance(box_loss, GridBoxLoss)):
             raise ValueError(
                 f"{type(self).__name__}: {type(box_loss).__name__} does not know that offsets lie behind a sigmoid; "
                 "take GridBoxLoss, or a loss of boxes such as GIoULoss"
@@ -164,7 +164,7 @@ class PriorDetector(DenseDetector):
         """Return ``loss_box`` of the positive priors."""
         numbers = outputs.regression.flatten(0, 1)[assignment.rows].float()  # (P, 4)
         stride = prior_strides(outputs.lattice)[assignment.rows % assignment.matched.shape[1]]  # (P, 2)
-        if self.box_loss.of_boxes:
+        if is_of_boxes(self.box_loss):
             numbers = self.coder.decode(numbers, assignment.references, stride)  # (P, 4)
             wanted = assignment.boxes  # (P, 4)
         else:
