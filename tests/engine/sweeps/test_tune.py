@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 
 import stub_study
 from detseg.config import ConfigError
 from detseg.engine.sweeps.study import Request, locate
-from detseg.engine.sweeps.tune import tune
+from detseg.engine.sweeps.tune import VOID, Search, tune
 from shared import REPO
 
 LR = "optimizer.lr=tag(log,interval(1e-5,1e-1))"
@@ -51,14 +52,22 @@ def wait_until(condition, seconds: float = 120.0) -> bool:
     return bool(condition())
 
 
-def stored(study: Path) -> dict[int, tuple[str, float | None]]:
-    """Return state and value of the ended trials, as the storage has them."""
-    import optuna
-
+def storage(study: Path) -> optuna.Study:
+    """Return the study as its storage has it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     name = json.loads((study / "study.json").read_text())["name"]
-    found = optuna.load_study(study_name=name, storage=f"sqlite:///{study / 'study.db'}").trials
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{study / 'study.db'}")
+
+
+def stored(study: Path) -> dict[int, tuple[str, float | None]]:
+    """Return state and value of the ended trials."""
+    found = storage(study).trials
     return {trial.number: (trial.state.name, trial.value) for trial in found if trial.state.is_finished()}
+
+
+def void_trials(study: Path) -> set[int]:
+    """Return the numbers of the trials that a kill left without values."""
+    return {trial.number for trial in storage(study).trials if trial.user_attrs.get("error") == VOID}
 
 
 @pytest.mark.slow
@@ -90,13 +99,16 @@ def test_three_kills_and_three_crashes_lose_nothing(tmp_path: Path):
 def check_searched(study: Path, kept: dict[int, tuple[str, float | None]]) -> None:
     rows = trials(study)
     assert kept.items() <= stored(study).items()
-    assert [int(row["trial"]) for row in rows] == list(range(20))
+    void = void_trials(study)  # a kill between the number and its values leaves one, which tried nothing
+    assert len(void) <= 3, "one per kill"
+    assert [int(row["trial"]) for row in rows] == [number for number in range(20 + len(void)) if number not in void]
     failed = {int(row["trial"]): row["error"] for row in rows if row["state"] == "failed"}
-    assert set(failed) == set(stub_study.CRASHES)
-    assert failed[3] == "planted: the loss went to the moon"
-    assert failed[8].startswith("killed by SIGKILL") and failed[12].startswith("ended with exit code 3")
+    said = {3: "planted: the loss went to the moon", 8: "killed by SIGKILL", 12: "ended with exit code 3"}
+    assert set(failed) == set(stub_study.CRASHES) - void
+    assert all(error.startswith(said[number]) for number, error in failed.items())
     states = [row["state"] for row in rows]
-    assert states.count("pruned") > 0 and states.count("complete") == 20 - 3 - states.count("pruned")
+    assert states.count("pruned") > 0
+    assert states.count("complete") == 20 - len(failed) - states.count("pruned")
     best = max(float(row["mean"]) for row in rows if row["mean"])
     assert best > 0.99, "the best there is, 1, was not found to within a hundredth"
     directories = {path.name for path in study.iterdir() if path.is_dir()}
@@ -188,6 +200,18 @@ def test_seeds_are_runs_of_one_trial_and_its_value_their_mean(in_tmp: Path):
     assert stored(summary.directory)[0] == ("COMPLETE", pytest.approx(1.001))
     (row, _) = trials(summary.directory)
     assert row["seeds"] == "1 2 3" and float(row["spread"]) == pytest.approx(0.001)
+
+
+@pytest.mark.slow
+def test_a_kill_while_values_are_drawn_costs_a_number_and_no_trial(in_tmp: Path):
+    request, directory = locate([*CPU, LR, "tune.trials=3", "tune.pruner=none"])
+    request.write(directory)
+    ledger = Search(request=request, directory=directory, objective=stub_study.objective).ledger
+    ledger.draw()
+    ledger.study.ask()  # a number without values, as between two writes to the storage
+    summary = tune(f"resume={directory}", objective=stub_study.objective)
+    assert sorted(row.number for row in summary.rows) == [0, 2, 3] and void_trials(directory) == {1}
+    assert {row.state for row in summary.rows} == {"complete"} and summary.failed == 0
 
 
 @pytest.mark.slow
