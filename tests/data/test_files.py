@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from torch.testing import assert_close
 
+from detseg.data import files
 from detseg.data.check import DataError
 from detseg.data.coco import Coco
 from detseg.data.files import StoreDataset, below
@@ -15,7 +16,7 @@ from drawn_data import scenes, write_coco
 @pytest.mark.parametrize("truth", ["boxes", "semantic"])
 def test_cached_images_are_those_of_the_files(tmp_path: Path, truth: str) -> None:
     write_coco(tmp_path, scenes())
-    plain = Coco(root=tmp_path, val=None, truth=truth).dataset("train")
+    plain = Coco(root=tmp_path, val=None, truth=truth, cache_images=False).dataset("train")
     kept = Coco(root=tmp_path, val=None, truth=truth, cache_images=True).dataset("train")
     kept.prepare()
     for file in (tmp_path / "train").iterdir():
@@ -29,6 +30,31 @@ def test_cached_images_are_those_of_the_files(tmp_path: Path, truth: str) -> Non
     plain.prepare()  # does nothing where nothing is kept
     with pytest.raises(DataError, match="no such image"):
         plain[0]
+
+
+def test_of_a_split_that_is_small_enough_images_are_kept_unless_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_coco(tmp_path, scenes())
+    taken = sum(scene.pixels.size for scene in scenes())
+    small = Coco(root=tmp_path, val=None).read("train")
+    assert small.pixel_bytes == taken and small.cache_images is True
+    assert Coco(root=tmp_path, val=None, truth="semantic").read("train").pixel_bytes == taken // 3 * 4
+    assert Coco(root=tmp_path, val=None, cache_images=False).read("train").cache_images is False
+    monkeypatch.setattr(files, "KEPT_BYTES", taken - 1)
+    assert Coco(root=tmp_path, val=None).read("train").cache_images is False
+    assert Coco(root=tmp_path, val=None, cache_images=True).read("train").cache_images is True
+    with pytest.raises(ValueError, match="true, false or auto, got 'some'"):
+        Coco(root=tmp_path, val=None, cache_images="some")
+
+
+def test_a_broken_image_to_keep_is_named(tmp_path: Path) -> None:
+    write_coco(tmp_path, scenes())
+    samples = Coco(root=tmp_path, val=None).read("train")
+    file = sorted((tmp_path / "train").iterdir())[2]
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=f"{file.name}: the image cannot be decoded"):
+        samples.prepare()
 
 
 def test_images_without_objects_are_dropped_in_training_alone(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,7 +8,6 @@ from torchvision.transforms import v2
 
 from detseg.data.geometry import (
     UNLABELLED,
-    HueShift,
     LabelMask,
     ResizeAndCrop,
     Window,
@@ -120,24 +117,3 @@ def test_numbers_out_of_range_are_refused() -> None:
         ResizeAndCrop(size=(4, 4), short_side=3)
     with pytest.raises(ValueError, match="crop must be"):
         ResizeAndCrop(crop=(0, 4))
-    with pytest.raises(ValueError, match=r"\[0, 0.5\]"):
-        HueShift(0.6)
-
-
-def test_hue_turns_by_the_amount_and_leaves_grey_alone() -> None:
-    red = torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 2, 2)
-    turned = HueShift(0.5).transform(tv_tensors.Image(red), {"turn": 1 / 3})
-    assert_close(turned[:, 0, 0].float(), torch.tensor([0.0, 255.0, 0.0]), atol=6, rtol=0)  # a third on is green
-    grey = torch.full((3, 4, 4), 90, dtype=torch.uint8)
-    assert_close(HueShift(0.5)(tv_tensors.Image(grey)).as_subclass(torch.Tensor), grey)
-    mask = tv_tensors.Mask(grey)
-    assert HueShift(0.5)(mask) is mask
-
-
-def test_hue_agrees_with_torchvision_within_rounding() -> None:
-    smooth = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), (9, 9), 4)
-    image = torch.from_numpy(smooth).permute(2, 0, 1)
-    ours = HueShift(0.5).transform(tv_tensors.Image(image), {"turn": 0.1}).float()
-    theirs = v2.functional.adjust_hue(image, 0.1).float()
-    assert float((ours - theirs).abs().mean()) < 2.0
-    assert float((ours - image.float()).abs().mean()) > 3.0

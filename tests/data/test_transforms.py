@@ -141,7 +141,7 @@ def test_an_image_without_objects_passes() -> None:
 def test_colour_changes_after_the_resize_and_stays_uint8() -> None:
     recipe = DetectionTrain(size=(20, 30), brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1)
     names = [type(step).__name__ for step in recipe.steps]
-    assert names == ["ResizeAndCrop", "RandomHorizontalFlip", "ColorJitter", "HueShift"]
+    assert names == ["ResizeAndCrop", "RandomHorizontalFlip", "ColourJitter", "HueShift"]
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8))
     before = image.clone()
     seen, _ = recipe(image, scene(masks=False)[1])

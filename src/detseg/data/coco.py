@@ -15,7 +15,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, Pattern, below, read_text, upright_size
+from detseg.data.files import AUTO, FileData, Pattern, below, read_text, upright_size
 from detseg.ops import rle
 
 
@@ -39,7 +39,7 @@ class Coco(FileData):
         val: str | None = "val",
         test: str | None = None,
         drop_empty: bool = False,
-        cache_images: bool = False,
+        cache_images: bool | str = AUTO,
         truth: str = "boxes",
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,

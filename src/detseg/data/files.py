@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from detseg.structures.maps import IGNORE_INDEX
 
 Pattern = str | Mapping[str, str]
 """A path below the root in which ``{split}`` stands for the split's name, or one such path for each split."""
+
+
+AUTO = "auto"
+"""Of ``cache_images``: keep the images of a split whose pixels take no more than ``KEPT_BYTES``."""
+
+KEPT_BYTES = 2**30
+
+DECODERS = 8
+"""Threads that decode images to keep, at most."""
 
 
 class StoreDataset(SampleDataset):
@@ -96,7 +106,15 @@ class StoreDataset(SampleDataset):
     def prepare(self) -> None:
         """Load every image and map, if ``cache_images``; forked workers share the arrays."""
         if self.cache_images and not self._kept:
-            self._kept = {int(row): self._load(int(row)) for row in self._rows}
+            rows = self._rows.tolist()
+            with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:  # decoders let go of Python's lock
+                self._kept = dict(zip(rows, pool.map(self._load, rows), strict=True))
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes that all images take once they are decoded, with their maps where the truth has them."""
+        pixels = int(self.store.sizes[self._rows].prod(axis=1).sum())
+        return pixels * (4 if self.truth == "semantic" else 3)
 
     def _load(self, row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
         """Return the pixels ``(H, W, 3)``, and the map ``(H, W)`` where there is one."""
@@ -124,7 +142,8 @@ class FileData(DetectionData):
         val: name of the validation split.
         test: name of the test split.
         drop_empty: leave images without objects out of training; evaluation always keeps them.
-        cache_images: decode every image once and keep the pixels in memory.
+        cache_images: decode every image once and keep the pixels in memory; ``"auto"``: where those of a split take
+            no more than 1 GiB.
         truth: see :class:`~detseg.data.module.DetectionData`, as for all that follow.
         num_classes: checked against the files.
         class_names: classes to keep, in the order of the labels; objects of others are left out and reported.
@@ -147,7 +166,7 @@ class FileData(DetectionData):
         val: str | None,
         test: str | None,
         drop_empty: bool,
-        cache_images: bool,
+        cache_images: bool | str,
         truth: str,
         num_classes: int | None,
         class_names: Sequence[str] | None,
@@ -175,6 +194,8 @@ class FileData(DetectionData):
             drop_last=drop_last,
             pin_memory=pin_memory,
         )
+        if cache_images not in (True, False, AUTO):
+            raise ValueError(f"cache_images must be true, false or {AUTO}, got {cache_images!r}")
         self.root, self.drop_empty, self.cache_images = Path(root).expanduser(), drop_empty, cache_images
         names = {"train": train, "val": val, "test": test}
         self.split_names = {split: name for split, name in names.items() if name is not None}
@@ -218,14 +239,16 @@ class FileData(DetectionData):
             kept = builder.build(allow_empty=split == "test"), builder.report
             cache.save(key, *kept)
         store, report = kept
-        return StoreDataset(
+        samples = StoreDataset(
             store=store,
             report=report,
             root=self.root,
             truth=self.truth,
             keep_empty=split != "train" or not self.drop_empty,
-            cache_images=self.cache_images,
         )
+        fits = samples.pixel_bytes <= KEPT_BYTES
+        samples.cache_images = fits if self.cache_images == AUTO else bool(self.cache_images)
+        return samples
 
     @property
     def need_masks(self) -> bool:

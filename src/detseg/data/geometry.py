@@ -1,4 +1,4 @@
-"""The steps that torchvision v2 has no fast form of: resize with jitter and crop in one go, and a quick hue."""
+"""Resize with jitter and crop in one go, of which torchvision v2 has no fast form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -277,9 +276,9 @@ def _grey(window: Window, fill: int) -> Tensor:
 
 def window_boxes(boxes: Tensor, window: Window) -> Tensor:
     """Return ``boxes`` (N, 4) xyxy in the pixels of the canvas, not clipped."""
-    scale = boxes.new_tensor([window.shown[1] / window.span[1], window.shown[0] / window.span[0]]).repeat(2)
-    start = boxes.new_tensor([window.start[1], window.start[0]]).repeat(2)
-    offset = boxes.new_tensor([window.offset[1], window.offset[0]]).repeat(2)
+    scale = boxes.new_tensor([window.shown[1] / window.span[1], window.shown[0] / window.span[0]] * 2)
+    start = boxes.new_tensor([window.start[1], window.start[0]] * 2)
+    offset = boxes.new_tensor([window.offset[1], window.offset[0]] * 2)
     return (boxes - start) * scale + offset
 
 
@@ -299,39 +298,6 @@ def window_mask(mask: Tensor, window: Window, fill: int = 0) -> Tensor:
     (y, x), (h, w) = window.offset, window.shown
     canvas[:, y : y + h, x : x + w] = shown
     return canvas
-
-
-class HueShift(v2.Transform):  # type: ignore[misc]  # torchvision has no types
-    """Turn the hue by up to ``amount`` of the full circle; 20 times as fast as ``v2.ColorJitter(hue=...)``.
-
-    The circle has 256 steps (OpenCV's 8-bit HSV), so small colour differences are rounded.
-
-    Raises:
-        ValueError: ``amount`` is outside 0 to 0.5.
-    """
-
-    def __init__(self, amount: float) -> None:
-        super().__init__()
-        if not 0 <= amount <= 0.5:
-            raise ValueError(f"hue must be in [0, 0.5] of the full circle, got {amount}")
-        self.amount = amount
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the turn (called by v2)."""
-        return {"turn": (2 * float(torch.rand(())) - 1) * self.amount}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Turn the hue of an image; everything else passes (called by v2)."""
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        return tv_tensors.Image(as_image(turn_hue(as_pixels(inpt), params["turn"])))
-
-
-def turn_hue(pixels: Pixels, turn: float) -> Pixels:
-    """Return RGB ``(H, W, 3)`` uint8 with its hue turned by ``turn`` of the full circle, in steps of 1/256."""
-    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps round
-    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), np.uint8)
 
 
 def as_pixels(image: Tensor) -> Pixels:

@@ -21,7 +21,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, Pattern, below
+from detseg.data.files import AUTO, FileData, Pattern, below
 from detseg.data.image import image_size
 from detseg.data.maps import check_map, count_values, segments
 from detseg.data.pairs import Pairs, find_pairs
@@ -78,7 +78,7 @@ class MaskFolder(FileData):
         val: str | None = "val",
         test: str | None = None,
         drop_empty: bool = False,
-        cache_images: bool = False,
+        cache_images: bool | str = AUTO,
         truth: str = "semantic",
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,

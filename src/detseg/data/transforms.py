@@ -17,8 +17,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detseg.data.augment import Augment, Context
+from detseg.data.augment.colour import ColourJitter, HueShift
 from detseg.data.augment.variety import varied
-from detseg.data.geometry import UNLABELLED, HueShift, LabelMask, Place, ResizeAndCrop, Windowed
+from detseg.data.geometry import UNLABELLED, LabelMask, Place, ResizeAndCrop, Windowed
 from detseg.ops.boxes import clip_boxes
 from detseg.structures import PanopticMap, SemanticMap, Target
 
@@ -86,7 +87,7 @@ class Recipe:
         if vertical_flip:
             steps.append(v2.RandomVerticalFlip(vertical_flip))
         if brightness or contrast or saturation:
-            steps.append(v2.ColorJitter(brightness, contrast, saturation))
+            steps.append(ColourJitter(brightness=brightness, contrast=contrast, saturation=saturation))
         if hue:
             steps.append(HueShift(hue))
         self.steps = steps

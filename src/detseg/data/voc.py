@@ -17,7 +17,7 @@ import numpy as np
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError
-from detseg.data.files import FileData, below, read_text, upright_size
+from detseg.data.files import AUTO, FileData, below, read_text, upright_size
 from detseg.data.image import SUFFIXES
 from detseg.data.maps import check_map, count_values, identity_labels, segments
 from detseg.structures.maps import IGNORE_INDEX
@@ -53,7 +53,7 @@ class Voc(FileData):
         val: str | None = "val",
         test: str | None = None,
         drop_empty: bool = False,
-        cache_images: bool = False,
+        cache_images: bool | str = AUTO,
         truth: str = "boxes",
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,

@@ -15,7 +15,7 @@ import yaml
 
 from detseg.data.builder import RawObject, StoreBuilder
 from detseg.data.check import DataError, both_lists
-from detseg.data.files import FileData, below, read_text, upright_size
+from detseg.data.files import AUTO, FileData, below, read_text, upright_size
 from detseg.data.image import SUFFIXES
 
 
@@ -44,7 +44,7 @@ class Yolo(FileData):
         val: str | None = "val",
         test: str | None = None,
         drop_empty: bool = False,
-        cache_images: bool = False,
+        cache_images: bool | str = AUTO,
         truth: str = "boxes",
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,

@@ -10,7 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from detseg.data.augment.colour import PhotometricDistort, brighten, contrast, saturate
+from detseg.data.augment.colour import ColourJitter, HueShift, PhotometricDistort, brighten, contrast, saturate
 from detseg.data.geometry import as_image, as_pixels
 
 
@@ -57,6 +57,58 @@ def test_draws_and_order_are_torchvisions() -> None:
         )
         assert float(difference.abs().float().mean()) < 2.0
     assert orders == {True, False}
+
+
+def test_jitter_draws_as_torchvision_does_in_every_order() -> None:
+    ours, theirs = ColourJitter(brightness=0.4, contrast=0.3, saturation=0.5), v2.ColorJitter(0.4, 0.3, 0.5)
+    orders = set()
+    for seed in range(60):
+        image = tv_tensors.Image(photo(seed))
+        torch.manual_seed(seed)
+        found = ours(image)
+        torch.manual_seed(seed)
+        expected = theirs(image)
+        torch.manual_seed(seed)
+        orders.add(tuple(n for n in ours.make_params([image])["fn_idx"].tolist() if n < 3))
+        difference = (found.int() - expected.int()).abs()
+        assert int(difference.max()) <= 5 and float(difference.float().mean()) < 1.0  # levels; each step rounds once
+    assert len(orders) == 6
+
+
+def test_of_a_jitter_only_what_is_asked_for_changes() -> None:
+    image = tv_tensors.Image(photo())
+    boxes = tv_tensors.BoundingBoxes(torch.ones((1, 4)), format="XYXY", canvas_size=(40, 60))
+    changed = ColourJitter(saturation=0.9)({"image": image, "boxes": boxes})
+    assert changed["boxes"] is boxes and not torch.equal(changed["image"], image)
+    assert_close(ColourJitter()(image), image)
+    grey = tv_tensors.Image(torch.full((3, 4, 5), 90, dtype=torch.uint8))
+    assert (ColourJitter(saturation=0.9)(grey) == 90).all()
+    with pytest.raises(ValueError, match="brightness"):
+        ColourJitter(brightness=-0.1)
+
+
+def test_a_hue_beyond_half_the_circle_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[0, 0.5\]"):
+        HueShift(0.6)
+
+
+def test_hue_turns_by_the_amount_and_leaves_grey_alone() -> None:
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 2, 2)
+    turned = HueShift(0.5).transform(tv_tensors.Image(red), {"turn": 1 / 3})
+    assert_close(turned[:, 0, 0].float(), torch.tensor([0.0, 255.0, 0.0]), atol=6, rtol=0)  # a third on is green
+    grey = torch.full((3, 4, 4), 90, dtype=torch.uint8)
+    assert_close(HueShift(0.5)(tv_tensors.Image(grey)).as_subclass(torch.Tensor), grey)
+    mask = tv_tensors.Mask(grey)
+    assert HueShift(0.5)(mask) is mask
+
+
+def test_hue_agrees_with_torchvision_within_rounding() -> None:
+    smooth = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), (9, 9), 4)
+    image = torch.from_numpy(smooth).permute(2, 0, 1)
+    ours = HueShift(0.5).transform(tv_tensors.Image(image), {"turn": 0.1}).float()
+    theirs = v2.functional.adjust_hue(image, 0.1).float()
+    assert float((ours - theirs).abs().mean()) < 2.0
+    assert float((ours - image.float()).abs().mean()) > 3.0
 
 
 def test_channels_are_reordered_only_where_asked_for() -> None:
