@@ -1,6 +1,6 @@
 """Changes of colour, drawn as torchvision draws them, each step with tables and OpenCV on 8-bit pixels.
 
-They differ from torchvision's by rounding and take a tenth of the time; the hue has 256 steps.
+They differ from torchvision's by rounding and take a fifth of the time; the hue has 256 steps.
 """
 
 from __future__ import annotations
