@@ -135,11 +135,11 @@ def test_a_job_whose_time_is_up_is_queued_again_once_and_goes_on(tmp_path: Path,
     for name, text in {"sbatch": ALONE, "srun": TASK, "scontrol": SCONTROL}.items():
         program(cluster, name, text)
     env = environment(PATH=f"{cluster}:{os.environ['PATH']}", FAKE=str(tmp_path))
-    shape = ["launcher=slurm", "trainer=cpu", "trainer.max_epochs=100", "trainer.check_val_every_n_epoch=10"]
+    shape = ["launcher=slurm", "trainer=cpu", "trainer.max_epochs=40", "trainer.check_val_every_n_epoch=10"]
     log = tmp_path / "node0.log"
     with started([DETSEG, "train", *TINY, *shape, "logger=csv", "name=job"], tmp_path, env=env) as launcher:
         try:
-            wait_for(lambda: log.exists() and "epoch 10/100" in log.read_text())
+            wait_for(lambda: log.exists() and "epoch 10/40" in log.read_text())
             os.kill(int((tmp_path / "task.pid").read_text()), signal.SIGUSR1)
             assert launcher.wait(240) == 0, (tmp_path / "out.err").read_text()
         finally:
@@ -149,11 +149,11 @@ def test_a_job_whose_time_is_up_is_queued_again_once_and_goes_on(tmp_path: Path,
     (run,) = tmp_path.glob("runs/*/*")
     said = log.read_text()
     assert "told to end by SIGUSR1: step" in said and f"started again by Slurm: going on from {run}" in said
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 400
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 160
     assert json.loads((run / "metrics.json").read_text())["count"] > 0
     with (run / "csv" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps == list(range(400)), "a step is missing or was logged twice"
+    assert steps == list(range(160)), "a step is missing or was logged twice"
 
 
 def _kill_session(leader: int) -> None:
