@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,10 @@ def test_of_a_split_that_is_small_enough_images_are_kept_unless_refused(
     assert small.pixel_bytes == taken and small.cache_images is True
     assert Coco(root=tmp_path, val=None, truth="semantic").read("train").pixel_bytes == taken // 3 * 4
     assert Coco(root=tmp_path, val=None, cache_images=False).read("train").cache_images is False
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "spawn")
+    assert Coco(root=tmp_path, val=None, num_workers=2).read("train").cache_images is False, "a copy for each worker"
+    assert Coco(root=tmp_path, val=None, num_workers=0).read("train").cache_images is True
+    monkeypatch.undo()
     monkeypatch.setattr(files, "KEPT_BYTES", taken - 1)
     assert Coco(root=tmp_path, val=None).read("train").cache_images is False
     assert Coco(root=tmp_path, val=None, cache_images=True).read("train").cache_images is True

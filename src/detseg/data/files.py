@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -143,7 +144,7 @@ class FileData(DetectionData):
         test: name of the test split.
         drop_empty: leave images without objects out of training; evaluation always keeps them.
         cache_images: decode every image once and keep the pixels in memory; ``"auto"``: where those of a split take
-            no more than 1 GiB.
+            no more than 1 GiB, and workers are forked, which share them.
         truth: see :class:`~detseg.data.module.DetectionData`, as for all that follow.
         num_classes: checked against the files.
         class_names: classes to keep, in the order of the labels; objects of others are left out and reported.
@@ -246,7 +247,7 @@ class FileData(DetectionData):
             truth=self.truth,
             keep_empty=split != "train" or not self.drop_empty,
         )
-        fits = samples.pixel_bytes <= KEPT_BYTES
+        fits = samples.pixel_bytes <= KEPT_BYTES and (self.num_workers == 0 or _workers_share_memory())
         samples.cache_images = fits if self.cache_images == AUTO else bool(self.cache_images)
         return samples
 
@@ -272,6 +273,12 @@ class FileData(DetectionData):
                 raise DataError(f"{type(self).__name__}: no path for split {split!r} among {dict(pattern)}")
             pattern = pattern[split]
         return self.root / pattern.format(split=self.split_names[split])
+
+
+def _workers_share_memory() -> bool:
+    """Say whether loading processes see what the main process holds; those that are not forked get copies."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return method == "fork"
 
 
 def upright_size(path: Path, annotated: tuple[int, int] | None, report: Report) -> tuple[int, int]:
