@@ -33,6 +33,7 @@ from train_step import draw, measure
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 BATCHES = {"ssdlite": 8, "ssd300": 4, "retinanet": 2, "fcos": 2}  # images that fit a few seconds a step
 HEIGHT, WIDTH = 480, 640  # of the models that take any size
+YOLO_TURNS = 3  # trainings of each side; all of a turn take three to four minutes
 
 
 def step(options: argparse.Namespace) -> Iterator[str]:
@@ -108,7 +109,7 @@ def yolo(options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         yolo_training.write_orchard(folder / "data")
-        for turn in range(2):
+        for turn in range(YOLO_TURNS):
             given = options.epochs, options.mosaic
             ends, version = yolo_training.theirs(
                 folder / "data", folder / f"theirs_{turn}", *given, options.peer_python
@@ -118,10 +119,12 @@ def yolo(options: argparse.Namespace) -> Iterator[str]:
                 label = " ".join(["detseg, model=yolo (n)", *choices])
                 ends = yolo_training.ours(folder / "data", folder / f"ours_{number}_{turn}", *given, *choices)
                 rates.setdefault(label, []).append(yolo_training.rate(ends))
-    yield _head("trainer", "images/s", "ratio")
+    yield _head("trainer", "images/s", "ratio", "of single turns")
     theirs = next(iter(rates.values()))
     for label, own in rates.items():
-        yield _row(label, f"{statistics.median(own):.2f}", f"{paired_ratio(own, theirs):.2f}x")
+        turns = sorted(our / their for our, their in zip(own, theirs, strict=True))
+        span = f"{turns[0]:.2f}x to {turns[-1]:.2f}x"
+        yield _row(label, f"{statistics.median(own):.2f}", f"{paired_ratio(own, theirs):.2f}x", span)
     numbers = f"{yolo_training.TRAIN} + {yolo_training.VAL} images of {yolo_training.PIXELS} pixels"
     yield f"\n{numbers}, batch {yolo_training.BATCH}, mosaic {'on' if options.mosaic else 'off'} in both, AdamW, EMA."
 
