@@ -124,7 +124,7 @@ def yolo(options: argparse.Namespace) -> Iterator[str]:
     for label, own in rates.items():
         turns = sorted(our / their for our, their in zip(own, theirs, strict=True))
         span = f"{turns[0]:.2f}x to {turns[-1]:.2f}x"
-        yield _row(label, f"{statistics.median(own):.2f}", f"{paired_ratio(own, theirs):.2f}x", span)
+        yield _row(label, f"{statistics.median(own):.2f}", f"{statistics.median(turns):.2f}x", span)
     numbers = f"{yolo_training.TRAIN} + {yolo_training.VAL} images of {yolo_training.PIXELS} pixels"
     yield f"\n{numbers}, batch {yolo_training.BATCH}, mosaic {'on' if options.mosaic else 'off'} in both, AdamW, EMA."
 

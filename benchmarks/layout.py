@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from side_by_side.turns import markdown, seconds_in_turns
+from train_step import Learner, Terms
 
 import detseg
 from detseg.engine.errors import quiet
@@ -24,7 +25,7 @@ from detseg.tasks.proposals import given_proposals
 EXPERIMENTS = Path(__file__).parents[1] / "conf" / "experiment"
 
 
-def learner(experiment: str, *, channels_last: bool) -> Callable[[], None]:
+def learner(experiment: str, *, channels_last: bool) -> Learner:
     """Return what takes a training step of an experiment in one of the layouts."""
     few = ["data.train_images=32", "data.val_images=4", "data.num_workers=0"]
     run = detseg.build(
@@ -33,18 +34,14 @@ def learner(experiment: str, *, channels_last: bool) -> Callable[[], None]:
             f"task.channels_last={str(channels_last).lower()}",
         )
     )
-    task, data = run.task.train(), run.data
+    task, data = run.task, run.data
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-    optimizer = torch.optim.SGD([weight for weight in task.parameters() if weight.requires_grad], lr=1e-5)
 
-    def step() -> None:
+    def losses(model: Any) -> Terms:
         images = batch.images.contiguous(memory_format=task.layout)  # (B, 3, H, W)
-        outputs = task.model(images, batch.sizes, batch.targets, **given_proposals(batch))
-        optimizer.zero_grad()
-        torch.stack(list(task.model.loss(outputs, batch.targets).values())).sum().backward()
-        optimizer.step()
+        return model.loss(model(images, batch.sizes, batch.targets, **given_proposals(batch)), batch.targets)
 
-    return step
+    return Learner(task.model, losses, {})
 
 
 def main() -> None:

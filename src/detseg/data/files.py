@@ -247,9 +247,14 @@ class FileData(DetectionData):
             truth=self.truth,
             keep_empty=split != "train" or not self.drop_empty,
         )
-        fits = samples.pixel_bytes <= KEPT_BYTES and (self.num_workers == 0 or _workers_share_memory())
-        samples.cache_images = fits if self.cache_images == AUTO else bool(self.cache_images)
+        samples.cache_images = self._keeps(samples)
         return samples
+
+    def _keeps(self, samples: StoreDataset) -> bool:
+        """Say whether the images of a split stay in memory."""
+        if self.cache_images != AUTO:
+            return bool(self.cache_images)
+        return samples.pixel_bytes <= KEPT_BYTES and (self.num_workers == 0 or _workers_share_memory())
 
     @property
     def need_masks(self) -> bool:

@@ -106,6 +106,7 @@ def check_searched(study: Path, kept: dict[int, tuple[str, float | None]]) -> No
     said = {3: "planted: the loss went to the moon", 8: "killed by SIGKILL", 12: "ended with exit code 3"}
     assert set(failed) == set(stub_study.CRASHES) - void
     assert all(error.startswith(said[number]) for number, error in failed.items())
+    assert failed.get(3, said[3]) == said[3], "the whole of it, in one line"
     states = [row["state"] for row in rows]
     assert states.count("pruned") > 0
     assert states.count("complete") == 20 - len(failed) - states.count("pruned")

@@ -42,10 +42,11 @@ class ColourJitter(v2.ColorJitter):  # type: ignore[misc]  # torchvision has no 
             (brighten, params["brightness_factor"]),
             (contrast, params["contrast_factor"]),
             (saturate, params["saturation_factor"]),
+            (turn_hue, params["hue_factor"]),  # None: HueShift does that
         ]
         for number in params["fn_idx"].tolist():
-            if number < len(steps) and steps[number][1] is not None:  # the fourth is the hue's, which HueShift turns
-                change, factor = steps[number]
+            change, factor = steps[number]
+            if factor is not None:
                 pixels = change(pixels, factor)
         return tv_tensors.Image(as_image(pixels))
 
